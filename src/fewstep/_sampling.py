@@ -1,0 +1,220 @@
+"""Compile a plan for a model; run plans."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from ._denoiser import Model
+from ._grids import Grid, times
+from ._noise import start_noise
+from ._plan import Call, Plan, State
+from ._prediction import Prediction, as_prediction
+from ._process import Level, Process
+from ._solvers._base import Solver
+from ._solvers._registry import as_solver
+
+__all__ = ["DEFAULT_GRID", "DEFAULT_SOLVER", "Record", "plan", "sample", "steps"]
+
+DEFAULT_SOLVER = "dpmpp_2m"
+DEFAULT_GRID = "lambda"
+
+
+def plan(
+    solver: str | Solver,
+    on: Process | Model,
+    nfe: int | None = None,
+    *,
+    grid: str | Grid | Sequence[float] = DEFAULT_GRID,
+    final: str = "zero",
+    predicts: str | Prediction | None = None,
+) -> Plan:
+    """Compile a solver for a process, or for a model (its process and prediction).
+
+    nfe: network evaluations, >= 1; may be left out when `grid` is a list of times.
+    grid: a name, a `Grid`, or a list of times from noise to data, used as it is.
+    final: "zero" ends at sigma = 0, "min" at the least noise the network knows. For grids by name.
+    predicts: the network's convention where `on` is a process (default "data").
+    """
+    solver = as_solver(solver)
+    if isinstance(on, Model):
+        if predicts is not None:
+            raise ValueError(
+                f"predicts = {predicts!r}, but the model says so already; leave it out"
+            )
+        process, prediction, rounds = on.process, on.prediction, on.rounds
+    elif isinstance(on, Process):
+        process, rounds = on, on.integer_times
+        prediction = as_prediction("data" if predicts is None else predicts)
+    else:
+        raise ValueError(f"on = {on!r}; give a process or a model, for example fewstep.VP()")
+    placed = isinstance(grid, (str, Grid))
+    if nfe is None and placed:
+        raise ValueError(
+            "nfe is missing; give the number of network evaluations, or a list of times"
+        )
+    if nfe is not None and (isinstance(nfe, bool) or not isinstance(nfe, int) or nfe < 1):
+        raise ValueError(f"nfe = {nfe!r}; need an integer >= 1")
+    count = None if nfe is None else solver.steps(nfe)
+    nodes = times(process, grid, count, final, rounds)
+    if nfe is not None and not placed and count != len(nodes) - 1:
+        raise ValueError(
+            f"nfe = {nfe}, but the grid has {len(nodes)} times, which is {len(nodes) - 1} steps; "
+            "leave nfe out"
+        )
+    draft = solver.draft(process, nodes)
+    calls = tuple(
+        Call(*(float(s) for s in prediction.scalars(level))) if evaluated else None
+        for level, evaluated in zip(draft.levels, draft.evaluated, strict=True)
+    )
+    about = {
+        "solver": solver.name,
+        "process": repr(process),
+        "grid": grid if isinstance(grid, str) else grid.name if isinstance(grid, Grid) else "list",
+        "predicts": prediction.name,
+    }
+    if isinstance(on, Model) and on.conditions > 1:
+        about["conditions per evaluation"] = str(on.conditions)
+    prior = process.prior_std(float(nodes[0]))
+    return Plan(draft.levels, draft.rows, calls, rounds, prior, about)
+
+
+@dataclass(frozen=True)
+class Record:
+    """What one step of a run did: network evaluation number `nfe` at `level` on the way to `x`.
+
+    denoised: the data prediction of that evaluation (for previews). x: the state after the step,
+    at `x_level`; the sample in the last record, where `last` is true.
+    """
+
+    nfe: int
+    level: Level
+    denoised: Tensor
+    x: Tensor
+    x_level: Level
+    last: bool
+    state: State
+
+
+def steps(
+    model: Model,
+    shape: Sequence[int] | None = None,
+    *,
+    solver: str | Solver | Plan = DEFAULT_SOLVER,
+    nfe: int | None = None,
+    grid: str | Grid | Sequence[float] = DEFAULT_GRID,
+    final: str = "zero",
+    seed: int | Sequence[int] = 0,
+    first: int = 0,
+    x: Tensor | None = None,
+    cond: Mapping[str, Any] | None = None,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> Iterator[Record]:
+    """`sample`, one record per network evaluation: preview, stop early (just stop iterating), or
+    keep `record.state` and go on later. Arguments are checked before the first `next`."""
+    run, start = _prepare(model, shape, solver, nfe, grid, final, seed, first, x, device, dtype)
+    return _iterate(model, run, start, dict(cond or {}))
+
+
+def _prepare(
+    model, shape, solver, nfe, grid, final, seed, first, x, device, dtype
+) -> tuple[Plan, State]:
+    if not isinstance(model, Model):
+        raise ValueError(
+            f"model = {model!r}; wrap your network: fewstep.Denoiser(network, process=..., "
+            "predicts=...)"
+        )
+    if isinstance(solver, Plan):
+        if nfe not in (None, solver.nfe):
+            raise ValueError(f"nfe = {nfe}, but the plan has {solver.nfe}; leave nfe out")
+        run = solver
+    else:
+        run = plan(solver, model, nfe, grid=grid, final=final)
+    if x is not None:
+        if shape is not None and tuple(shape) != tuple(x.shape):
+            raise ValueError(f"shape = {tuple(shape)}, but x has shape {tuple(x.shape)}")
+        return run, run.start(x)
+    if shape is None:
+        raise ValueError("shape is missing; give (batch, ...) or a starting tensor x")
+    shape = tuple(shape)
+    if not shape or not all(isinstance(n, int) and n > 0 for n in shape):
+        raise ValueError(f"shape = {shape}; need positive integers, batch first")
+    if not dtype.is_floating_point:
+        raise ValueError(f"dtype = {dtype}; need a floating-point type")
+    device = model.device if device is None else device
+    noise = start_noise(shape, seed, first=first, dtype=dtype, device=device)
+    return run, run.start(noise * run.prior_std)
+
+
+def _iterate(model: Model, run: Plan, state: State, cond: Mapping[str, Any]) -> Iterator[Record]:
+    # On a CPU a look at every state costs nothing. On an accelerator it would stall the queue at
+    # every step, so the verdicts stay there and are read once, at the end.
+    verdicts: list[tuple[State, Tensor]] = []
+    while not state.done:
+        level = state.level
+        with torch.no_grad():
+            x_in, t_in = state.query()
+            after = state.advance(model.output(x_in, t_in, level, cond))
+            denoised = after.denoised
+            verdicts.append((state, torch.isfinite(denoised).all()))
+        if after.done or state.x.device.type == "cpu":
+            _check_finite(run, verdicts)
+            verdicts.clear()
+        state = after
+        yield Record(state.nfe, level, denoised, state.x, state.level, state.done, state)
+
+
+def _check_finite(run: Plan, verdicts: Sequence[tuple[State, Tensor]]) -> None:
+    good = torch.stack([verdict for _, verdict in verdicts]).tolist()
+    if all(good):
+        return
+    state = verdicts[good.index(False)][0]
+    largest = float(state.x.abs().max())
+    raise FloatingPointError(
+        f"network returned NaN or inf at evaluation {state.nfe + 1} of {run.nfe} (t = "
+        f"{state.level.t:g}, sigma = {state.level.sigma:g}; its input was finite, at most "
+        f"{largest:.3g}); look for overflow in half precision, or a wrong process or prediction"
+    )
+
+
+def sample(
+    model: Model,
+    shape: Sequence[int] | None = None,
+    *,
+    solver: str | Solver | Plan = DEFAULT_SOLVER,
+    nfe: int | None = None,
+    grid: str | Grid | Sequence[float] = DEFAULT_GRID,
+    final: str = "zero",
+    seed: int | Sequence[int] = 0,
+    first: int = 0,
+    x: Tensor | None = None,
+    cond: Mapping[str, Any] | None = None,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype = torch.float32,
+    progress: bool = True,
+) -> Tensor:
+    """Draw samples of the given shape (batch first).
+
+    model: a `Denoiser` or `Guided`. solver: a name, a solver, or a `Plan`.
+    nfe, grid, final: see `plan`.
+    seed, first: sample i starts from noise that depends on (seed, first + i) only, or on seed[i]
+        if seed is a list: not on batch size, order or device.
+    x: start from this tensor instead (scale `plan.prior_std` for pure noise).
+    cond: keyword arguments for the network, per-sample tensors batch first.
+    device, dtype: of the state; default: the network's device, float32 (or better).
+    progress: a bar, shown only once the run has taken a second.
+    """
+    run, state = _prepare(model, shape, solver, nfe, grid, final, seed, first, x, device, dtype)
+    bar = tqdm(total=run.nfe, unit="NFE", delay=1.0, leave=False, disable=not progress)
+    result = state.x
+    with bar:
+        for record in _iterate(model, run, state, dict(cond or {})):
+            bar.update()
+            result = record.x
+    return result

@@ -1,0 +1,165 @@
+r"""The exponential multistep family: DDIM, DPM-Solver++, DEIS, Adams-Bashforth in any form.
+
+One formula (notation and integrals in `_weights`):
+
+    x_t = (N_t / N_s) x_s + sum_j W_j M_j,    W_j = N_t int_s^t ell_j(u) dzeta
+
+with M one of D (data), e (noise), v or u (flow), and ell_j the Lagrange basis in lambda, t, rho or
+the form's own variable through the newest `order` nodes. As a row,
+M_j = x_coefficient x_j + D_coefficient D_j:
+
+    data   (0, 1)                                      noise  (1/sigma, -alpha/sigma)
+    v      (alpha/(sigma R), -R/sigma)                 flow   (1/sigma, -(alpha + sigma)/sigma)
+
+Since sum_j W_j M_s alone is DDIM for data, noise and flow, rows are formed as DDIM plus
+sum_{j != s} W_j (M_j - M_s): reproducing constant data and noise is then not left to rounding.
+The v form is Euler or Adams in the angle; it reproduces constants only to its order.
+
+Named deviations from the exact weights, all in lambda:
+
+    second = "midpoint"   two nodes: the first moment int kernel delta is replaced by h/2 times the
+                          zeroth ("dpmsolver" type of DPM-Solver, default of DPM-Solver++ 2M).
+    third = "shipped"     three nodes: the second-derivative term is halved. This is what DPM-Solver
+                          and its copies ship as "3M"; it makes the method second order.
+
+Ends. Start-up: orders 1, 2, 3, ... A node where the basis variable is infinite (alpha = 0 in lambda
+or rho) is dropped. The step from alpha = 0 is DDIM (v: Euler in the angle), the limit of all forms.
+The step to sigma = 0 uses the limit of the formula: in data form D extrapolated to the end in t or
+rho, x = alpha_t D_s where the variable is infinite there (lambda, own: order 1); noise, v and flow
+have finite integrals there in every variable, midpoint moments excepted (order 1).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from .._prediction import unknown
+from .._process import Level, Process
+from .._weights import FORMS, VARIABLES, scale, usable, weights
+from ._base import Multistep
+
+__all__ = ["exponential"]
+
+
+def exponential(
+    order: int,
+    *,
+    form: str = "data",
+    variable: str = "lambda",
+    second: Literal["exact", "midpoint"] = "exact",
+    third: Literal["exact", "shipped"] = "exact",
+    lower_final: bool = False,
+    name: str | None = None,
+    source: str = "one formula: fewstep docs",
+    aliases: tuple[str, ...] = (),
+) -> Multistep:
+    """An exponential multistep solver of any order, 1 NFE per step.
+
+    order: number of nodes. form: "data", "noise", "v", "flow". variable: "lambda", "t", "rho",
+    "own". second, third: "midpoint", "shipped" for the published approximations (in lambda).
+    lower_final: last steps use at most as many nodes as there are steps left.
+    """
+    if isinstance(order, bool) or not isinstance(order, int) or order < 1:
+        raise ValueError(f"order = {order!r}; need an integer >= 1")
+    for argument, value, known in (
+        ("form", form, FORMS),
+        ("variable", variable, VARIABLES),
+        ("second", second, ("exact", "midpoint")),
+        ("third", third, ("exact", "shipped")),
+    ):
+        if value not in known:
+            raise ValueError(unknown(argument, value, known))
+    if variable != "lambda" and (second, third) != ("exact", "exact"):
+        raise ValueError(
+            f"variable = {variable!r} with second = {second!r}, third = {third!r}; the published "
+            "approximations exist for variable = 'lambda' only"
+        )
+    if third == "shipped" and order != 3:
+        raise ValueError(f"third = 'shipped' with order = {order}; it is a variant of order 3")
+    step = _Exponential(form, variable, second, third)
+    limit = "order 1" if step.first_at_clean else "the limit of the formula"
+    ends = f"start-up orders 1, 2, ...; at sigma = 0 {limit}"
+    if lower_final:
+        ends += "; last steps of order 1, 2, ... from the end"
+    return Multistep(
+        name=name or f"exponential({order}, {form}, {variable})",
+        order=2 if third == "shipped" else order,
+        step=step,
+        source=source,
+        ends=ends,
+        nodes=order,
+        lower_final=lower_final,
+        aliases=aliases,
+    )
+
+
+@dataclass(frozen=True)
+class _Exponential:
+    """The coefficient function: process, history (newest first), target -> row."""
+
+    form: str
+    variable: str
+    second: str
+    third: str
+
+    @property
+    def first_at_clean(self) -> bool:
+        return self.second == "midpoint" or (
+            self.form == "data" and self.variable in ("lambda", "own")
+        )
+
+    def __call__(
+        self, process: Process, history: Sequence[Level], end: Level
+    ) -> tuple[Sequence[float], Sequence[float], int, bool]:
+        start = history[0]
+        nodes = [n for n in history[1:] if usable(self.form, self.variable, n)]
+        if start.alpha == 0 or (end.sigma == 0 and self._first_only(end)):
+            nodes = []
+        nodes = [start, *nodes]
+        keep = [history.index(n) for n in nodes]
+        a, b = [0.0] * len(history), [0.0] * len(history)
+        if self.form == "v":
+            first = float(weights("v", self.variable, start, end, [start])[0])
+            a[0], b[0] = _add(scale("v", end) / scale("v", start), 0.0, first, "v", start)
+        else:  # DDIM
+            a[0] = end.sigma / start.sigma
+            b[0] = float(weights("data", self.variable, start, end, [start])[0])
+        if len(nodes) > 1:
+            W = list(weights(self.form, self.variable, start, end, nodes, process))
+            self._approximate(W, start, end, nodes)
+            for k, node, w in zip(keep[1:], nodes[1:], W[1:], strict=True):
+                a[k], b[k] = _add(0.0, 0.0, w, self.form, node)
+                a[0], b[0] = _add(a[0], b[0], -w, self.form, start)
+        order = 2 if len(nodes) == 3 and self.third == "shipped" else len(nodes)
+        return a, b, order, self.form != "v"
+
+    def _first_only(self, end: Level) -> bool:
+        """Whether the formula beyond order 1 has no limit at this clean end."""
+        return self.first_at_clean or (
+            self.form == "data" and not usable("data", self.variable, end)
+        )
+
+    def _approximate(
+        self, W: list[float], start: Level, end: Level, nodes: Sequence[Level]
+    ) -> None:
+        """Published replacements of the exact weights of the older nodes (the newest follows)."""
+        delta = [n.lam - start.lam for n in nodes]
+        if len(nodes) == 2 and self.second == "midpoint":
+            W[1] = sum(W) * 0.5 * (end.lam - start.lam) / delta[1]
+        if len(nodes) == 3 and self.third == "shipped":
+            # W_j of the older nodes is made of I_1 = int kernel delta and I_2 = int kernel
+            # delta^2 / 2; the exact method uses 2 I_2 times the divided difference, this one I_2.
+            moment = 0.5 * (W[1] * delta[1] ** 2 + W[2] * delta[2] ** 2)
+            W[1] -= moment / (delta[1] * (delta[1] - delta[2]))
+            W[2] -= moment / (delta[2] * (delta[2] - delta[1]))
+
+
+def _add(a: float, b: float, w: float, form: str, node: Level) -> tuple[float, float]:
+    """(a, b) + w (x_coefficient, D_coefficient) of M at a node."""
+    if form == "data":
+        return a, b + w
+    n = scale(form, node)
+    x = node.alpha / n if form == "v" else 1.0
+    return a + w * x / node.sigma, b - w * n / node.sigma
