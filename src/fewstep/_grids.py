@@ -160,6 +160,11 @@ def _spaced(name: str, evaluated: Callable[[int, int], ArrayLike]) -> Grid:
         if steps + (final == "min") > n:
             raise ValueError(f"nfe = {steps}; the process has {n} integer times")
         if final == "zero":
+            if name == "leading" and steps == 1:
+                raise ValueError(
+                    "grid = 'leading' with one step starts from pure noise at time 0, where there "
+                    "is almost none; use 'trailing', or more steps"
+                )
             return np.append(evaluated(n, steps), _clean(process))
         if name == "trailing":
             return np.append(evaluated(n, steps), 0.0)

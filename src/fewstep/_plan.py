@@ -131,11 +131,6 @@ class Plan:
         """Time of every state."""
         return np.array([level.t for level in self.levels])
 
-    @property
-    def order(self) -> int:
-        """Largest order among the rows; start-up and end rows may be lower (see the table)."""
-        return max(row.order for row in self.rows)
-
     @cached_property
     def _last_use(self) -> tuple[dict[int, int], dict[int, int]]:
         """The last row that needs each state, and each data prediction."""
@@ -267,7 +262,7 @@ class Plan:
             integer, prior = data["scalars"]
         except (KeyError, IndexError, TypeError, ValueError) as error:
             raise ValueError(
-                f"path = {str(path)!r} says it is a plan but lacks or garbles {error}; save it again"
+                f"path = {str(path)!r} says it is a plan but lacks or garbles {error}; save again"
             ) from error
         return cls(levels, rows, calls, bool(integer), float(prior), about)
 

@@ -59,7 +59,7 @@ class Process(abc.ABC):
     #: Times are the integers 0..n-1 a network was trained on (in between: interpolation).
     integer_times: bool = False
     #: Noise and data were drawn independently in training. False for reflowed, distilled or
-    #: optimal-transport pairs: the ODE stays valid there, but no score exists (eps is not -sigma s).
+    #: optimal-transport pairs: the ODE stays valid there, but the score is not -eps / sigma.
     independent: bool = True
 
     @abc.abstractmethod

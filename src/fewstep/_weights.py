@@ -185,14 +185,20 @@ def _difference(form: str, variable: str, a: Level, b: Level, base: float, offse
         return np.exp(-db) * np.expm1(db - da)
     if form == "data":
         return np.exp(db) * np.expm1(da - db)
+    # flow: tau = 1 / (1 + exp(lam)); v: phi = atan(exp(-lam)). A node with alpha = 0 has lam = -inf,
+    # where nothing is near and the plain difference is exact; elsewhere it is not.
     la, lb = da + base, db + base
+    if np.any(np.isinf(la)) or np.isinf(lb):
+        value = _tau if form == "flow" else _phi
+        return value(la) - value(lb)
     if form == "flow":
-        return (
-            1 / (1 + np.exp(la)) - 1 / (1 + np.exp(lb))
-            if np.isinf(lb)
-            else (-np.sinh(0.5 * (da - db)) / (2 * np.cosh(0.5 * la) * np.cosh(0.5 * lb)))
-        )
-    # atan(exp(-la)) - atan(exp(-lb)) = -atan(sinh((la - lb) / 2) / cosh((la + lb) / 2))
-    if np.isinf(lb) or np.any(np.isinf(la)):
-        return np.arctan(np.exp(-la)) - np.arctan(np.exp(-lb))
+        return -np.sinh(0.5 * (da - db)) / (2 * np.cosh(0.5 * la) * np.cosh(0.5 * lb))
     return -np.arctan(np.sinh(0.5 * (da - db)) / np.cosh(0.5 * (la + lb)))
+
+
+def _tau(lam):
+    return 1 / (1 + np.exp(lam))
+
+
+def _phi(lam):
+    return np.arctan(np.exp(-lam))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 
 from .._prediction import unknown
@@ -56,6 +57,7 @@ solvers = Registry(
         3,
         second="midpoint",
         third="shipped",
+        growth=math.inf,
         name="dpmpp_3m_shipped",
         source=f"{_DPMPP}, as every code base ships it: second order",
     ),

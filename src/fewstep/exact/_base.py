@@ -7,16 +7,16 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import NamedTuple, TypeAlias
 
-import numpy as np
 import torch
+from numpy.typing import ArrayLike
 from torch import Tensor
 
 from fewstep.exact._solve import integrate
 
 __all__ = ["Components", "ExactModel", "Label", "Level", "Moments"]
 
-Level: TypeAlias = float | Tensor | np.ndarray | Sequence[float]
-Label: TypeAlias = int | Tensor | np.ndarray | Sequence[int]
+Level: TypeAlias = ArrayLike | Tensor
+Label: TypeAlias = ArrayLike | Tensor
 
 
 class Components(NamedTuple):
@@ -77,9 +77,7 @@ class ExactModel(ABC):
         self.shape = tuple(shape)
         self.labels = labels
         self.std = math.sqrt(weights @ spread)
-        self._components = Components(
-            centre, means, squares / 2, variances, weights.log(), basis
-        )
+        self._components = Components(centre, means, squares / 2, variances, weights.log(), basis)
         self._copies: dict[tuple[torch.dtype, torch.device], Components] = {}
 
     def predict(
@@ -96,9 +94,7 @@ class ExactModel(ABC):
         """Data prediction D = E[x_0 | x]."""
         return self._evaluate(x, alpha, sigma, label).data.to(x.dtype).view_as(x)
 
-    def score(
-        self, x: Tensor, alpha: Level, sigma: Level, *, label: Label | None = None
-    ) -> Tensor:
+    def score(self, x: Tensor, alpha: Level, sigma: Level, *, label: Label | None = None) -> Tensor:
         """Gradient of the log-density of x: -eps / sigma, with its limit at sigma = 0."""
         return self._evaluate(x, alpha, sigma, label).score.to(x.dtype).view_as(x)
 
@@ -144,7 +140,7 @@ class ExactModel(ABC):
         pass close to the boundary between two modes. Needs scipy.
         """
         state = self._flatten(x.detach()).to("cpu", torch.float64).view(-1, *self.shape)
-        labels = None if label is None else _per_sample("label", label, state, torch.int64)
+        labels = None if label is None else _column("label", label, state, torch.int64)
         smallest = math.sqrt(float(self._components.variances.min()))
 
         def solve_one(i: int) -> Tensor:
@@ -154,7 +150,7 @@ class ExactModel(ABC):
                 return self.predict(y, alpha, sigma, label=chosen)
 
             return integrate(
-                predict, state[i : i + 1], start, end, std=self.std, smallest=smallest
+                predict, state[i : i + 1], start, end, std=self.std or 1.0, smallest=smallest
             )
 
         # One sample at a time: each gets the steps it needs and the accuracy asked for.
@@ -198,9 +194,12 @@ class ExactModel(ABC):
         """The parameters in the dtype and on the device of `x`, converted once."""
         key = (x.dtype, x.device)
         if key not in self._copies:
-            self._copies[key] = Components(
-                *(None if p is None else p.to(x.device, x.dtype) for p in self._components)
-            )
+            *tensors, basis = self._components
+            with torch.inference_mode(False):  # else a later autograd could not use the copies
+                self._copies[key] = Components(
+                    *(p.to(x.dtype).to(x.device) for p in tensors),
+                    basis=None if basis is None else basis.to(x.dtype).to(x.device),
+                )
         return self._copies[key]
 
     def _log_weights(self, c: Components, label: Label | None, n: int) -> Tensor:
@@ -214,13 +213,15 @@ class ExactModel(ABC):
             raise ValueError(f"label: {len(wanted)} values; accepted are 1 or {n}, one per sample.")
         chosen = (wanted == self.labels.to(wanted.device)) | (wanted == -1)
         if not bool(chosen.any(1).all()):
-            raise ValueError(f"label: {label}; accepted are -1 and {self.labels.unique().tolist()}.")
+            raise ValueError(
+                f"label: {label}; accepted are -1 and {self.labels.unique().tolist()}."
+            )
         return c.log_weights.masked_fill(~chosen, -math.inf).log_softmax(1)
 
 
-def _column(name: str, value: Level, x: Tensor) -> Tensor:
-    """One number per sample of `x`, shape (B, 1)."""
-    column = torch.as_tensor(value, dtype=x.dtype, device=x.device).reshape(-1, 1)
+def _column(name: str, value: Level, x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """One number per sample of `x`, shape (B, 1), by default of the dtype of `x`."""
+    column = torch.as_tensor(value, dtype=dtype or x.dtype, device=x.device).reshape(-1, 1)
     if len(column) not in (1, len(x)):
         raise ValueError(
             f"{name}: {len(column)} values; accepted are 1 or {len(x)}, one per sample."

@@ -8,13 +8,14 @@ from typing import TypeAlias
 
 import numpy as np
 import torch
+from numpy.typing import ArrayLike
 from torch import Tensor
 
 from fewstep.exact._base import Components, ExactModel, Label, Moments
 
 __all__ = ["Empirical", "Gaussian", "Mixture"]
 
-Array: TypeAlias = float | Tensor | np.ndarray | Sequence[float]
+Array: TypeAlias = ArrayLike | Tensor
 Covariance: TypeAlias = Array | tuple[Array, Array]
 
 _CHUNK = 2**22  # entries of the matrix batch x data points held at once
@@ -83,15 +84,13 @@ class Mixture(ExactModel):
                 f"{len(covs)} covariances; accepted are (K,), (K, *shape) and K."
             )
         if not (bool((w > 0).all()) and abs(float(w.sum()) - 1) < 1e-6):
-            raise ValueError(
-                f"weights: {w.tolist()}; accepted are positive numbers that sum to 1."
-            )
+            raise ValueError(f"weights: {w.tolist()}; accepted are positive numbers that sum to 1.")
         spectra = [_spectrum(f"covs[{k}]", covs[k], mu[k]) for k in range(len(mu))]
         variances = torch.stack([e.expand(mu[0].numel()) for e, _ in spectra])
         super().__init__(
             mu.shape[1:],
             w / w.sum(),
-            mu.flatten(1),
+            mu.reshape(len(mu), -1),
             variances,
             _stack([basis for _, basis in spectra]),
             _labels(labels, len(mu)),
@@ -106,9 +105,7 @@ class Empirical(ExactModel):
     memory. Bandwidth 0 is the data set itself, whose exact samples are its points.
     """
 
-    def __init__(
-        self, data: Array, bandwidth: float, *, labels: Label | None = None
-    ) -> None:
+    def __init__(self, data: Array, bandwidth: float, *, labels: Label | None = None) -> None:
         points = _tensor("data", data)
         if points.ndim == 0 or len(points) == 0:
             raise ValueError(f"data: shape {tuple(points.shape)}; accepted is (N, *shape), N >= 1.")

@@ -60,9 +60,9 @@ class DigitsNet(nn.Module):
         dropout: float = 0.0,
     ) -> None:
         super().__init__()
-        # 16 frequencies from 1/8 to 4 periods per unit of c_noise. Sigma from 0.002 to 80 spans 2.65
-        # units: the sine of the lowest is monotone there, and the highest has one period per
-        # factor e in sigma.
+        # 16 frequencies from 1/8 to 4 periods per unit of c_noise, which spans 2.65 units (sigma
+        # from 0.002 to 80): the sine of the lowest is monotone there, and the highest has one
+        # period per factor e in sigma.
         frequencies = 2 * math.pi * torch.logspace(-3, 2, 16, base=2.0)
         self.register_buffer("frequencies", frequencies, persistent=False)
         self.noise = nn.Linear(2 * len(frequencies), cond_width)
