@@ -48,10 +48,10 @@ FLAT_SHARE = 0.1
 
 def digits() -> dict[str, Bytes]:
     """The scikit-learn digits: images (1797, 8, 8) with values 0..16, labels (1797,)."""
-    bunch = load_digits()
+    pixels, labels = load_digits(return_X_y=True)
     return {
-        "images": np.ascontiguousarray(bunch.images, dtype=np.uint8),
-        "labels": np.ascontiguousarray(bunch.target, dtype=np.uint8),
+        "images": np.asarray(pixels).astype(np.uint8).reshape(-1, 8, 8),
+        "labels": np.asarray(labels).astype(np.uint8),
     }
 
 

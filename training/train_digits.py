@@ -11,7 +11,8 @@ section 5 and table 1):
     loss        = E | F(c_in x_t, log(sigma) / 4) - (x - c_skip x_t) / c_out |^2,
 
 log(sigma) normal. The last is EDM's weighted loss written for F. Labels are replaced by 10 ("none")
-at random, for classifier-free guidance. Of the 1,797 images 297 are held out.
+at random, for classifier-free guidance. Of the 1,797 images 297 are held out. With so few images
+the network memorises; strong dropout and a short training keep the held-out loss near its minimum.
 
 Evaluation needs scikit-learn for the classifier that judges the samples.
 """
@@ -31,15 +32,16 @@ from sklearn.svm import SVC
 from torch import Tensor
 
 import fewstep as fs
-from fewstep.models._digits import UNCONDITIONAL, DigitsNet
+from fewstep.models._digits import SIGMA_DATA, UNCONDITIONAL, DigitsNet
 
 PACKAGE = Path(__file__).resolve().parents[1] / "src" / "fewstep"
 DATA = PACKAGE / "exact" / "data" / "digits.safetensors"
 WEIGHTS = PACKAGE / "models" / "weights" / "digits.safetensors"
 
-SIGMA_DATA = 0.75
 SIGMA_MIN, SIGMA_MAX = 0.002, 80.0
 HELD_OUT = 297
+# Euclidean distance below which a sample counts as a near copy of a training image.
+NEAR = 1.0
 SIGMAS_SHOWN = (0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 20.0)
 
 
@@ -160,19 +162,20 @@ def evaluate() -> None:
     loss_table(net.eval())
 
     train_flat, held_flat = x_train.flatten(1), x_held.flatten(1)
-    # Samples are judged at the 17 grey levels of the data, clipped to its range.
-    classifier = SVC(C=10.0, gamma=0.02).fit(train_flat.numpy(), y_train.numpy())
+    classifier = SVC(C=10.0).fit(train_flat.numpy(), y_train.numpy())
     accuracy = classifier.score(held_flat.numpy(), y_held.numpy())
-    reference = torch.cdist(held_flat, train_flat).min(dim=1).values.median().item()
+    held_nearest = torch.cdist(held_flat, train_flat).min(dim=1).values
+    reference = held_nearest.median().item()
     print(f"classifier: {100 * accuracy:.1f} % right on the held-out images")
     print(
         f"held-out images: median distance to the nearest training image {reference:.3f}, "
+        f"{100 * (held_nearest < NEAR).float().mean().item():.1f} % closer than {NEAR:g}, "
         f"pixel Frechet distance to the training images {frechet(held_flat, train_flat):.3f}"
     )
 
     denoiser = fs.models.load("digits")
     labels = torch.arange(10).repeat_interleave(100)
-    print("   nfe  scale  agreement  nearest / held-out  closer than 0.5  pixel Frechet")
+    print(f"   nfe  scale  agreement  nearest / held-out  closer than {NEAR:g}  pixel Frechet")
     for nfe in (20, 8, 6):
         for scale in (1.0, 1.5, 2.0):
             guided = fs.Guided(denoiser, scale=scale, uncond={"label": UNCONDITIONAL})
@@ -183,14 +186,16 @@ def evaluate() -> None:
                 nfe=nfe,
                 seed=0,
                 cond={"label": labels},
+                progress=False,
             )
+            # Judged at the 17 grey levels of the data, clipped to its range.
             flat = ((x.flatten(1).clamp(-1, 1) + 1) * 8).round() / 8 - 1
             agreement = (classifier.predict(flat.numpy()) == labels.numpy()).mean()
             nearest = torch.cdist(flat, train_flat).min(dim=1).values
             print(
                 f"{nfe:6d}  {scale:5.1f}  {100 * agreement:7.1f} %  "
                 f"{nearest.median().item() / reference:18.3f}  "
-                f"{100 * (nearest < 0.5).float().mean().item():13.1f} %  "
+                f"{100 * (nearest < NEAR).float().mean().item():11.1f} %  "
                 f"{frechet(flat, train_flat):13.3f}"
             )
 
@@ -200,12 +205,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--evaluate-only", action="store_true", help="use the stored weights")
     parser.add_argument("--weights", type=Path, default=WEIGHTS, help="where training stores them")
-    parser.add_argument("--steps", type=int, default=20_000)
+    parser.add_argument("--steps", type=int, default=12_000)
     parser.add_argument("--batch", type=int, default=256)
     parser.add_argument("--rate", type=float, default=1e-3, help="peak learning rate")
-    parser.add_argument("--decay", type=float, default=0.0, help="decoupled weight decay")
+    parser.add_argument("--decay", type=float, default=0.05, help="decoupled weight decay")
     parser.add_argument("--ema", type=float, default=0.999, help="memory of the weight average")
-    parser.add_argument("--dropout", type=float, default=0.1)
+    parser.add_argument("--dropout", type=float, default=0.4)
     parser.add_argument("--label-dropout", type=float, default=0.12)
     parser.add_argument("--p-mean", type=float, default=-0.8, help="mean of log(sigma)")
     parser.add_argument("--p-std", type=float, default=1.4, help="deviation of log(sigma)")

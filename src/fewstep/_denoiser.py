@@ -37,7 +37,7 @@ class Model(abc.ABC):
     @property
     @abc.abstractmethod
     def rounds(self) -> bool:
-        """Whether the network may be told integer times only."""
+        """Whether the network may be evaluated at integer times of the process only."""
 
     @property
     @abc.abstractmethod
@@ -59,6 +59,8 @@ class Model(abc.ABC):
             raise ValueError(
                 f"t has shape {times.shape}; give one time, or one per sample ({x.shape[0]})"
             )
+        if self.rounds:
+            times = np.round(times)
         level = self.process.level(np.broadcast_to(times, x.shape[:1]))
         p, q, c_in, c_noise = (
             torch.as_tensor(np.broadcast_to(s, x.shape[:1]).copy(), device="cpu")
@@ -68,8 +70,9 @@ class Model(abc.ABC):
         def per_sample(s: Tensor) -> Tensor:
             return s.to(x.device, x.dtype).reshape(-1, *(1 for _ in x.shape[1:]))
 
-        kind = torch.int64 if self.rounds else torch.promote_types(x.dtype, torch.float32)
-        t_in = (c_noise.round() if self.rounds else c_noise).to(x.device, kind)
+        whole = self.rounds and self.prediction.time == "t"
+        kind = torch.int64 if whole else torch.promote_types(x.dtype, torch.float32)
+        t_in = c_noise.to(x.device, kind)
         out = self.output(per_sample(c_in) * x, t_in, level, cond)
         check_output(out, x)
         return per_sample(p) * x + per_sample(q) * out.to(x.dtype)

@@ -210,7 +210,7 @@ class Plan:
         for i, row in enumerate(self.rows):
             for kind, terms in (("a", row.a), ("b", row.b)):
                 for j, c in terms.items():
-                    out[f"{kind}.{i}.{j}"] = np.array(c, dtype=np.float64)
+                    out[f"{kind}.{i}.{j}"] = np.array(c, dtype=np.float64, order="C")
         return out
 
     def save(self, path: str | os.PathLike[str]) -> None:

@@ -267,7 +267,7 @@ class DiscreteVP(_VariancePreserving):
         object.__setattr__(self, "t_start", float(len(self.log_alphas) - 1))
         table = np.asarray(self.log_alphas)
         _check(table.ndim == 1 and table.size >= 2, "DiscreteVP: the table needs at least 2 levels")
-        ok = not np.isnan(table).any() and table[0] < 0 and bool((np.diff(table) < 0).all())
+        ok = not np.isnan(table).any() and table[0] < 0 and bool((table[1:] < table[:-1]).all())
         _check(
             ok,
             f"DiscreteVP: the cumulative product {np.exp(2 * table[:3]).tolist()} ... "

@@ -81,7 +81,8 @@ def plan(
     if isinstance(on, Model) and on.conditions > 1:
         about["conditions per evaluation"] = str(on.conditions)
     prior = process.prior_std(float(nodes[0]))
-    return Plan(draft.levels, draft.rows, calls, rounds, prior, about)
+    told_integers = rounds and prediction.time == "t"
+    return Plan(draft.levels, draft.rows, calls, told_integers, prior, about)
 
 
 @dataclass(frozen=True)

@@ -185,8 +185,8 @@ def _difference(form: str, variable: str, a: Level, b: Level, base: float, offse
         return np.exp(-db) * np.expm1(db - da)
     if form == "data":
         return np.exp(db) * np.expm1(da - db)
-    # flow: tau = 1 / (1 + exp(lam)); v: phi = atan(exp(-lam)). A node with alpha = 0 has lam = -inf,
-    # where nothing is near and the plain difference is exact; elsewhere it is not.
+    # flow: tau = 1 / (1 + exp(lam)); v: phi = atan(exp(-lam)). Where alpha = 0, lam = -inf, nothing
+    # is near and the plain difference is exact; elsewhere it is not.
     la, lb = da + base, db + base
     if np.any(np.isinf(la)) or np.isinf(lb):
         value = _tau if form == "flow" else _phi

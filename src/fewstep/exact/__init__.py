@@ -5,8 +5,8 @@ Notation. A path is x = alpha x_0 + sigma eps with eps standard normal. A *level
 noise prediction. All quantities are in the units of the data; densities are in nats.
 """
 
-from fewstep.exact._base import ExactModel
-from fewstep.exact._data import digits, patches
-from fewstep.exact._models import Empirical, Gaussian, Mixture
+from ._base import ExactModel
+from ._data import digits, patches
+from ._models import Empirical, Gaussian, Mixture
 
 __all__ = ["Empirical", "ExactModel", "Gaussian", "Mixture", "digits", "patches"]

@@ -7,11 +7,16 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import NamedTuple, TypeAlias
 
+import numpy as np
 import torch
 from numpy.typing import ArrayLike
 from torch import Tensor
 
-from fewstep.exact._solve import integrate
+from .. import _process as path
+from .._denoiser import Denoiser
+from .._prediction import Prediction, Time, as_prediction
+from .._process import Process
+from ._solve import integrate
 
 __all__ = ["Components", "ExactModel", "Label", "Level", "Moments"]
 
@@ -97,6 +102,49 @@ class ExactModel(ABC):
     def score(self, x: Tensor, alpha: Level, sigma: Level, *, label: Label | None = None) -> Tensor:
         """Gradient of the log-density of x: -eps / sigma, with its limit at sigma = 0."""
         return self._evaluate(x, alpha, sigma, label).score.to(x.dtype).view_as(x)
+
+    def denoiser(
+        self, process: Process, predicts: str | Prediction = "data", time: Time | None = None
+    ) -> Denoiser:
+        """This model as a network of any convention on any process: a stand-in for a pretrained
+        one whose every answer is known. Conditions: cond={"label": ...} where there are labels.
+
+        The network answers from the time it is told, like a real one, so a float32 state limits
+        its level to float32. `time` as in `Denoiser`, but not "sigma" or a function, which are
+        not inverted here.
+        """
+        prediction = as_prediction(predicts, time)
+        to_lam = {"lambda": 1.0, "edm": -4.0}
+
+        def level_of(t: np.ndarray) -> path.Level:
+            told = prediction.time
+            if told == "t":
+                return process.level(t)
+            if isinstance(told, (int, float)):
+                return process.level(t / told)
+            if told == "rho":
+                return process.level(process.time(-np.log(t)))
+            if isinstance(told, str) and told in to_lam:
+                return process.level(process.time(to_lam[told] * t))
+            raise ValueError(f"time: {told!r}; accepted are 't', 'rho', 'lambda', 'edm', a factor.")
+
+        def network(x_in: Tensor, t_in: Tensor, label: Label | None = None) -> Tensor:
+            level = level_of(t_in.double().cpu().numpy())
+            columns = (-1, *(1 for _ in self.shape))
+
+            def per_sample(value: np.ndarray) -> Tensor:
+                array = np.broadcast_to(value, t_in.shape).copy()
+                return torch.from_numpy(array).to(x_in.device, x_in.dtype).reshape(columns)
+
+            x = x_in / per_sample(prediction.scalars(level)[2])
+            data, eps = self.predict(x, level.alpha, level.sigma, label=label)
+            # out = u x + w D with x = alpha D + sigma eps, so that no D is recovered from x
+            u, w = prediction.from_data(level)
+            mixed = per_sample(u * level.alpha + w) * data
+            return mixed + per_sample(u * level.sigma) * eps
+
+        level_of(np.ones(1))
+        return Denoiser(network, process, prediction)
 
     def log_density(
         self, x: Tensor, alpha: Level, sigma: Level, *, label: Label | None = None

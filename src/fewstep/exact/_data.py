@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load
 from torch import Tensor
 
-from fewstep.exact._models import Empirical
+from ._models import Empirical
 
 __all__ = ["digits", "patches"]
 

@@ -11,7 +11,7 @@ import torch
 from numpy.typing import ArrayLike
 from torch import Tensor
 
-from fewstep.exact._base import Components, ExactModel, Label, Moments
+from ._base import Components, ExactModel, Label, Moments
 
 __all__ = ["Empirical", "Gaussian", "Mixture"]
 

@@ -15,12 +15,14 @@ import math
 import torch
 from torch import Tensor, nn
 
-__all__ = ["UNCONDITIONAL", "DigitsNet"]
+__all__ = ["SIGMA_DATA", "UNCONDITIONAL", "DigitsNet"]
 
 SIDE = 8
 CLASSES = 10
 # The label that stands for "no label"; it was trained by replacing labels at random.
 UNCONDITIONAL = 10
+# Standard deviation of the data over all pixels and images (0.752), rounded; fixed by training.
+SIGMA_DATA = 0.75
 
 
 class _Block(nn.Module):
@@ -79,16 +81,16 @@ class DigitsNet(nn.Module):
         """Evaluate F.
 
         x: scaled noisy images c_in x, (B, 1, 8, 8).
-        c_noise: log(sigma) / 4, (B,) or (); it is converted to the dtype of x.
+        c_noise: log(sigma) / 4, (B,) or ().
         label: class 0..9, or 10 for none, int64 (B,) or ().
-        Returns F of the shape of x.
+        Returns F of the shape and dtype of x; computed in the dtype of the weights.
         """
-        batch = x.shape[0]
-        angle = c_noise.to(x.dtype).expand(batch)[:, None] * self.frequencies.to(x.dtype)
+        batch, dtype = x.shape[0], self.enter.weight.dtype
+        angle = c_noise.to(dtype).expand(batch)[:, None] * self.frequencies.to(dtype)
         features = torch.cat([angle.cos(), angle.sin()], dim=-1)
         e = nn.functional.silu(self.noise(features) + self.label(label.expand(batch)))
         e = nn.functional.silu(self.mix(e))
-        h = self.enter(x.flatten(1))
+        h = self.enter(x.flatten(1).to(dtype))
         for block in self.blocks:
             h = block(h, e)
-        return self.leave(self.norm(h)).reshape(x.shape)
+        return self.leave(self.norm(h)).reshape(x.shape).to(x.dtype)

@@ -1,0 +1,211 @@
+"""Cut tests/golden from the full set of results of the official implementations.
+
+    python tests/make_golden.py SOURCE
+
+SOURCE is a folder with manifest.json, problems.npz and <implementation>.npz: final states that the
+official implementations reach on exact Gaussian mixtures, computed in float64. Kept are the cases
+whose method fewstep has, with the first samples only. The rest is counted by reason, so that the
+tests can say what they do not cover.
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import json
+import math
+import re
+from pathlib import Path
+
+import numpy as np
+
+SAMPLES = {"G1": 16, "G2": 4}
+#: Arguments that say nothing a solver needs.
+DROPPED = {
+    "scheduler",
+    "sampler",
+    "alpha",
+    "rho",
+    "epsilon_s",
+    "C_1",
+    "C_2",
+    "M",
+    "S_churn",
+    "disable_corrector",
+    "quadrature",
+    "orders",
+    "nfe",
+    "ddim_eta",
+    "eta",
+    "deis_mode",
+    "t_start",
+    "dtype",
+    "time_grid",
+    "rk_method",
+    "solver",
+    "timesteps",
+    "num_step",
+    "num_steps",
+    "n_sigmas",
+    "num_inference_steps",
+    "steps",
+    "n",
+}
+
+#: Methods that fewstep has, by implementation.
+KEPT = {
+    "bdia": r"bdia_ddim_g0\.0",
+    "deis": r"tab\d|rhoab\d|rhork_1euler",
+    "diff_solvers": r"euler|dpm_pp_.*|deis_.*",
+    "diffusers_ddim": r"ddim_.*",
+    "diffusers_deis_multistep": r".*",
+    "diffusers_dpmsolver_multistep": r".*",
+    "diffusers_dpmsolver_singlestep": r".*_1s",
+    "diffusers_edm_dpmsolver_multistep": r".*",
+    "diffusers_edm_euler": r".*",
+    "diffusers_euler_discrete": r".*",
+    "diffusers_flow_match_euler_discrete": r".*",
+    "diffusers_lms_discrete": r".*",
+    "diffusers_unipc_multistep": r"flow_unip_2_bh2",
+    "dpm_solver": r".*_multistep_\d|.*_singlestep_1",
+    "edm_dpm_solver": r".*_multistep_\d",
+    "flow_matching": r"euler",
+    "k_diffusion": r"euler|lms_\d|dpmpp_2m|dpmpp_2m_sde_.*|dpmpp_3m_sde",
+    "nvlabs_edm": r"ablation_euler",
+}
+
+#: Why the others are not: the first pattern that matches "implementation:method".
+MISSING = (
+    (r".*adaptive.*|flow_matching:(dopri5|bosh3)", "adaptive steps"),
+    (r"dc_solver.*", "compensated history (DC-Solver)"),
+    (r"dpm_solver_v3:.*", "tabulated linear part (DPM-Solver-v3)"),
+    (r".*unipc.*|diffusers_sasolver:.*", "predictor-corrector"),
+    (r"bdia:.*", "bidirectional steps (BDIA, gamma > 0)"),
+    (r".*:(ipndm.*|plms|pndm.*)", "fixed Adams numbers (PNDM, iPNDM)"),
+    (r".*:.*(singlestep|_[23]s$|dpm_fast|dpm_2|dpmpp_2s|dpmpp_sde).*", "several stages per step"),
+    (r".*:.*(heun|rhork|rk4|midpoint).*", "several stages per step"),
+)
+
+
+def left_out(case: dict) -> str | None:
+    """Why a case is not kept, or None if it is."""
+    name, method, args = case["impl"], case["method"], case["args"]
+    if not re.fullmatch(KEPT.get(name, r"(?!)"), method):
+        return next(why for pattern, why in MISSING if re.fullmatch(pattern, f"{name}:{method}"))
+    if (
+        args.get("dynamic_thresholding")
+        or args.get("thresholding")
+        or args.get("correcting_x0_fn")
+        or args.get("clip_sample")
+    ):
+        return "thresholded or clipped data predictions"
+    if name == "nvlabs_edm" and (args["schedule"], args["scaling"]) != ("linear", "none"):
+        return "Euler in a clock or a scaling in which it is not DDIM"
+    return None
+
+
+def boundaries(case: dict, grids: dict, lists: dict) -> list[float]:
+    """lambda at the ends of the steps (DDIM of diffusers: where the network is called)."""
+    if "grid" in case:
+        return [float(v) for v in grids[case["grid"]]["lam"]]
+    lam = [float(v) for v in lists[case["evals"]]]
+    return [*lam, math.inf] if case["impl"] == "nvlabs_edm" else lam
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("source", type=Path)
+    parser.add_argument("--target", type=Path, default=Path(__file__).parent / "golden")
+    options = parser.parse_args()
+    manifest = json.loads((options.source / "manifest.json").read_text())
+    problems = np.load(options.source / "problems.npz")
+    arrays: dict[str, np.ndarray] = {}
+    for p, count in SAMPLES.items():
+        for key in ("w", "mu", "cov", "check_x", "check_alpha_sigma", "check_D", "check_eps"):
+            arrays[f"{p}_{key}"] = problems[f"{p}_{key}"]
+        arrays[f"{p}_z"] = problems[f"{p}_z"][:count]
+
+    finals: dict[str, list[np.ndarray]] = {p: [] for p in SAMPLES}
+    rows: dict[str, list] = {"lists": [], "args": []}
+    known: dict[str, dict[str, int]] = {"lists": {}, "args": {}}
+    cases = []
+    skipped: dict[str, collections.Counter] = collections.defaultdict(collections.Counter)
+
+    def index(table: str, value: object) -> int:
+        key = json.dumps(value, sort_keys=True)
+        if key not in known[table]:
+            known[table][key] = len(rows[table])
+            rows[table].append(value)
+        return known[table][key]
+
+    for case in manifest["cases"]:
+        name, args = case["impl"], case["args"]
+        reason = left_out(case)
+        if reason is not None:
+            skipped[name][reason] += 1
+            continue
+        p = case["problem"]
+        stored = np.load(options.source / f"{name}.npz", mmap_mode="r")[case["array"]]
+        reference = manifest["references"][case["ref"]]
+        if reference["start_coord"] == "ve":
+            start = ["ve", float(reference["scale"])]
+        else:
+            start = ["vp", float(reference["scale"])]
+        lam = boundaries(case, manifest["grids"], manifest["lists"])
+        kept = {
+            "id": case["id"],
+            "p": p,
+            "row": len(finals[p]),
+            "process": case["process"],
+            "method": case["method"],
+            "steps": case["steps"],
+            "args": index("args", {k: v for k, v in args.items() if k not in DROPPED}),
+            "lam": index("lists", lam),
+            "start": index("args", start),
+        }
+        if case["final_coord"] == "y":
+            kept["y"] = 1
+        # Only where the code's own time is the process's, not sigma.
+        timed = name in ("dpm_solver", "deis") and case["process"] == "vplin"
+        if timed and "t" in manifest["grids"][case["grid"]]:
+            kept["t"] = index("lists", manifest["grids"][case["grid"]]["t"])
+        if case.get("model_eval") == "timestep":
+            kept["timesteps"] = index("lists", manifest["lists"][case["timesteps"]])
+            kept["evals"] = index("lists", manifest["lists"][case["evals"]])
+        if "exact_quadrature_max_abs_diff" in case:
+            kept["quadrature"] = case["exact_quadrature_max_abs_diff"]
+        cases.append(kept)
+        finals[p].append(stored[case["row"]][: SAMPLES[p]])
+
+    for p, states in finals.items():
+        arrays[f"{p}_final"] = np.array(states)
+    width = max(map(len, rows["lists"]))
+    arrays["lists"] = np.array([[*v, *[math.nan] * (width - len(v))] for v in rows["lists"]])
+    versions = {
+        name: entry.get("version", "") for name, entry in manifest["implementations"].items()
+    }
+    totals = collections.Counter(case["impl"] for case in manifest["cases"])
+    text = json.dumps(
+        {
+            "about": "results of the official implementations on exact Gaussian mixtures, float64",
+            "implementations": {
+                name: {
+                    "version": versions[name],
+                    "cases": totals[name],
+                    "left_out": dict(sorted(skipped[name].items())),
+                }
+                for name in sorted(totals)
+            },
+            "args": rows["args"],
+        },
+        indent=1,
+    )
+    lines = ",\n".join(json.dumps(case, separators=(",", ":")) for case in cases)
+    options.target.mkdir(exist_ok=True)
+    (options.target / "cases.json").write_text(text[:-2] + f',\n "cases": [\n{lines}\n]}}\n')
+    np.savez_compressed(options.target / "states.npz", **arrays)
+    print(f"{len(cases)} of {len(manifest['cases'])} cases kept")
+
+
+if __name__ == "__main__":
+    main()
