@@ -1,11 +1,12 @@
 """Cut tests/golden from the full set of results of the official implementations.
 
-    python tests/make_golden.py SOURCE
+    python tests/make_golden.py SOURCE [--rows FILE]
 
 SOURCE is a folder with manifest.json, problems.npz and <implementation>.npz: final states that the
 official implementations reach on exact Gaussian mixtures, computed in float64. Kept are the cases
 whose method fewstep has, with the first samples only. The rest is counted by reason, so that the
-tests can say what they do not cover.
+tests can say what they do not cover. FILE holds single rows in several forms; those that fewstep
+has are kept.
 """
 
 from __future__ import annotations
@@ -112,11 +113,49 @@ def boundaries(case: dict, grids: dict, lists: dict) -> list[float]:
     return [*lam, math.inf] if case["impl"] == "nvlabs_edm" else lam
 
 
+#: Names of rows in FILE, and "kind form variable" in the tests.
+ROWS = {
+    **{
+        f"{kind}_{form}{tail}": f"{kind} {form} {variable}".strip()
+        for form in ("data", "eps")
+        for kind, tail, variable in (
+            ("ddim", "", ""),
+            *((k, f"_u={u}", u) for k in ("exact2", "exact3") for u in ("lambda", "t", "rho")),
+        )
+    },
+    **{f"two_node_half_bh2_{form}": f"two_midpoint {form}" for form in ("data", "eps")},
+    **{f"3M_official_halfD2_{form}": f"three_shipped {form}" for form in ("data", "eps")},
+    **{
+        f"unic_exact_order{k}_{form}": f"unic{k} {form}" for k in (1, 2) for form in ("data", "eps")
+    },
+    **{f"angleAB{k}_c0.5": f"angle{k} 0.5" for k in (1, 2)},
+}
+
+
+def cut_rows(source: Path, target: Path) -> None:
+    """Keep the rows of ROWS: coefficients a of states and b of data, or the weights W."""
+    out = {}
+    for path, entry in json.loads(source.read_text()).items():
+        rows = {}
+        for theirs, ours in ROWS.items():
+            row = entry["rows"][theirs]
+            if ours.startswith("unic"):
+                rows[ours] = {"W": row["W"]}
+            else:
+                rows[ours] = {"a": row["x_coef"], "b": row["D_coef"]}
+        out[path] = {"times": entry["times"], "target": entry["target"], "rows": rows}
+    lines = json.dumps(out, separators=(",", ":")).replace("},", "},\n")
+    target.write_text(lines + "\n")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("source", type=Path)
     parser.add_argument("--target", type=Path, default=Path(__file__).parent / "golden")
+    parser.add_argument("--rows", type=Path)
     options = parser.parse_args()
+    if options.rows is not None:
+        cut_rows(options.rows, options.target / "rows.json")
     manifest = json.loads((options.source / "manifest.json").read_text())
     problems = np.load(options.source / "problems.npz")
     arrays: dict[str, np.ndarray] = {}
@@ -166,7 +205,7 @@ def main() -> None:
         if case["final_coord"] == "y":
             kept["y"] = 1
         # Only where the code's own time is the process's, not sigma.
-        timed = name in ("dpm_solver", "deis") and case["process"] == "vplin"
+        timed = name == "deis" or (name == "dpm_solver" and case["process"] == "vplin")
         if timed and "t" in manifest["grids"][case["grid"]]:
             kept["t"] = index("lists", manifest["grids"][case["grid"]]["t"])
         if case.get("model_eval") == "timestep":

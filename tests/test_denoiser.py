@@ -7,9 +7,9 @@ import math
 import numpy as np
 import pytest
 import torch
-from problems import PROCESSES, Mixture, network_for
 
 import fewstep as fs
+from problems import PROCESSES, Mixture, network_for
 
 MIXTURE = Mixture()
 
@@ -41,9 +41,7 @@ def test_one_time_per_sample():
 
 @pytest.mark.parametrize("shape", [(3, 4), (3,), (3, 2, 5), (3, 2, 4, 4), (3, 2, 3, 4, 5)])
 def test_any_shape(shape):
-    x = fs.sample(
-        fs.Denoiser(lambda x, t: 0.1 * x, fs.VP(), "data"), shape, nfe=4, progress=False
-    )
+    x = fs.sample(fs.Denoiser(lambda x, t: 0.1 * x, fs.VP(), "data"), shape, nfe=4, progress=False)
     assert x.shape == shape
 
 
@@ -198,8 +196,10 @@ def test_guided_runs_count_one_evaluation_per_step():
         (lambda: fs.Denoiser("unet", fs.VP()), "network = 'unet' is not callable"),
         (lambda: fs.Denoiser(lambda x, t: x, "vp"), "process = 'vp' is not a process"),
         (lambda: fs.Denoiser(lambda x, t: x, fs.VP(), 3), "predicts = 3"),
-        (lambda: guided(2.0, lambda x, t, label: x[:2])[0](torch.zeros(3, 2), 0.5, label=LABEL),
-         "network returned shape"),
+        (
+            lambda: guided(2.0, lambda x, t, label: x[:2])[0](torch.zeros(3, 2), 0.5, label=LABEL),
+            "network returned shape",
+        ),
     ],
 )
 def test_mistakes(make, words):

@@ -6,9 +6,9 @@ import math
 
 import numpy as np
 import pytest
-from problems import PROCESSES
 
 import fewstep as fs
+from problems import PROCESSES
 
 CONTINUOUS = [g for g in fs.grids if not fs.grids[g].discrete]
 

@@ -8,10 +8,10 @@ import json
 import numpy as np
 import pytest
 import torch
-from problems import Mixture, network_for, run
 from safetensors.numpy import save_file
 
 import fewstep as fs
+from problems import Mixture, network_for, run
 
 SOLVERS = list(fs.solvers)
 

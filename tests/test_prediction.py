@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from problems import PROCESSES
 
 import fewstep as fs
+from problems import PROCESSES
 
 PAIRS = list(itertools.product(fs.predictions, fs.predictions))
 

@@ -7,9 +7,9 @@ import math
 import mpmath as mp
 import numpy as np
 import pytest
-from problems import PROCESSES
 
 import fewstep as fs
+from problems import PROCESSES
 
 EACH = pytest.mark.parametrize("name", PROCESSES)
 
@@ -237,7 +237,9 @@ def test_custom_agrees_with_the_process_it_copies():
             "lambda = log",
         ),
         (
-            lambda: fs.Custom(lambda t: 1 - t, lambda t: t + 0.1, t_start=1.0, t_end=0.1, t_clean=0.0),
+            lambda: fs.Custom(
+                lambda t: 1 - t, lambda t: t + 0.1, t_start=1.0, t_end=0.1, t_clean=0.0
+            ),
             "exactly 0",
         ),
         (lambda: fs.Custom(lambda t: -t, lambda t: t, t_start=1.0, t_end=0.1), "alpha"),

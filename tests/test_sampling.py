@@ -9,9 +9,9 @@ import threading
 import numpy as np
 import pytest
 import torch
-from problems import PROCESSES, Mixture, network_for, run
 
 import fewstep as fs
+from problems import PROCESSES, Mixture, network_for, run
 
 MIXTURE = Mixture()
 SOLVERS = list(fs.solvers)
@@ -87,9 +87,7 @@ def test_sample_agrees_with_the_definition():
 def test_a_sample_depends_on_its_seed_and_index_alone():
     noise = fs.start_noise((8, 3, 4), 7)
     for batch in (1, 3, 8):
-        parts = [
-            fs.start_noise((min(batch, 8 - i), 3, 4), 7, first=i) for i in range(0, 8, batch)
-        ]
+        parts = [fs.start_noise((min(batch, 8 - i), 3, 4), 7, first=i) for i in range(0, 8, batch)]
         assert torch.equal(torch.cat(parts), noise)
     assert torch.equal(fs.start_noise((3, 3, 4), [5, 7, 5])[1], noise[0])
     assert torch.equal(fs.start_noise((3, 3, 4), [5, 7, 5])[0], fs.start_noise((1, 3, 4), 5)[0])
@@ -137,8 +135,9 @@ def test_records():
     assert [r.last for r in records] == [False] * 4 + [True]
     for r, level, following in zip(records, plan.levels, plan.levels[1:], strict=False):
         assert (r.level, r.x_level) == (level, following)
-    before = torch.cat([plan.start(fs.start_noise((2, 3), 0) * 80).x[None], *[
-        r.x[None] for r in records[:-1]]])
+    before = torch.cat(
+        [plan.start(fs.start_noise((2, 3), 0) * 80).x[None], *[r.x[None] for r in records[:-1]]]
+    )
     for x, r in zip(before, records, strict=True):
         want = MIXTURE.denoise(x.double().numpy(), r.level.alpha, r.level.sigma)
         np.testing.assert_allclose(r.denoised.numpy(), want, atol=1e-5)

@@ -20,7 +20,10 @@ WIDE = fs.EDM(1e-30, 1e30)  # lambda from -69 to 69
 
 def level(lam: float) -> fs.Level:
     """alpha^2 + sigma^2 = 1 at this lambda, with t = exp(-lambda) for the basis variable t."""
-    alpha, sigma = math.exp(-0.5 * np.logaddexp(0, -2 * lam)), math.exp(-0.5 * np.logaddexp(0, 2 * lam))
+    alpha, sigma = (
+        math.exp(-0.5 * np.logaddexp(0, -2 * lam)),
+        math.exp(-0.5 * np.logaddexp(0, 2 * lam)),
+    )
     return fs.Level(math.exp(-lam), alpha, sigma, lam)
 
 
@@ -81,8 +84,7 @@ CASES = [
         itertools.product(FORMS, VARIABLES), (-3.0, 2.0), STEPS, HISTORIES
     )
     # t is a float64 number given from outside: its differences hold only eps / h digits
-    if not (variable == "t" and h < 0.3)
-    and -min(history) * h <= 40  # no process has lambda beyond
+    if not (variable == "t" and h < 0.3) and -min(history) * h <= 40  # no process has lambda beyond
 ]
 
 

@@ -23,8 +23,8 @@ Named deviations from the exact weights, all in lambda:
                           and its copies ship as "3M"; it makes the method second order.
 
 Uneven grids. Extrapolating over a step much longer than the ones before it amplifies every error
-by sum |W_j| / |sum W_j|: 6.7 for equal steps at order 4, hundreds after a sixfold step, which is
-how uniform-t grids ruin high orders at their last step. Rows above `growth` use fewer nodes; the
+by sum |W_j| / |sum W_j|: at most 2^p for equal steps, hundreds after a sixfold step, which is how
+uniform-t grids ruin high orders at their last step. Rows above growth 2^p use fewer nodes; the
 plan's table shows the order each row has.
 
 Ends. Start-up: orders 1, 2, 3, ... A node where the basis variable is infinite (alpha = 0 in lambda
@@ -55,7 +55,7 @@ def exponential(
     variable: str = "lambda",
     second: Literal["exact", "midpoint"] = "exact",
     third: Literal["exact", "shipped"] = "exact",
-    growth: float = 16.0,
+    growth: float = 1.5,
     lower_final: bool = False,
     name: str | None = None,
     source: str = "one formula: fewstep docs",
@@ -65,8 +65,8 @@ def exponential(
 
     order: number of nodes. form: "data", "noise", "v", "flow". variable: "lambda", "t", "rho",
     "own". second, third: "midpoint", "shipped" for the published approximations (in lambda).
-    growth: a row whose weights amplify more than this (sum |W_j| / |sum W_j|) takes fewer nodes;
-        16 lets the order 4 through on steps alternating 1:3. math.inf: as published, no limit.
+    growth: a row of p nodes whose weights amplify by more than growth 2^p takes fewer nodes; 1.5
+        leaves steps that alternate 1:3 alone. math.inf: as published, no limit.
     lower_final: last steps use at most as many nodes as there are steps left.
     """
     if isinstance(order, bool) or not isinstance(order, int) or order < 1:
@@ -86,8 +86,8 @@ def exponential(
         )
     if third == "shipped" and order != 3:
         raise ValueError(f"third = 'shipped' with order = {order}; it is a variant of order 3")
-    if not growth >= 1:
-        raise ValueError(f"growth = {growth}; need a number >= 1 (math.inf for no limit)")
+    if not growth > 0:
+        raise ValueError(f"growth = {growth}; need a positive number (math.inf for no limit)")
     step = _Exponential(form, variable, second, third, growth)
     limit = "order 1" if step.first_at_clean else "the limit of the formula"
     ends = f"start-up orders 1, 2, ...; at sigma = 0 {limit}"
@@ -139,7 +139,7 @@ class _Exponential:
         while len(nodes) > 1:
             W = list(weights(self.form, self.variable, start, end, nodes, process))
             self._approximate(W, start, end, nodes)
-            if sum(map(abs, W)) <= self.growth * abs(sum(W)):
+            if sum(map(abs, W)) <= self.growth * 2 ** len(nodes) * abs(sum(W)):
                 break
             nodes.pop()
         for node, w in zip(nodes[1:], W[1:], strict=False):

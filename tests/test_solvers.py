@@ -1,0 +1,290 @@
+"""Every registered solver: measured order, behaviour at the ends, facts it states.
+
+Nothing here names a solver it tests: adding one to the registry subjects it to all of this.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import math
+
+import numpy as np
+import pytest
+import torch
+
+import fewstep as fs
+from problems import PROCESSES, Mixture, run
+
+SOLVERS = list(fs.solvers)
+
+# -- order ---------------------------------------------------------------------------------------
+
+#: The exact problem: fast in numpy for the runs, and with an ODE solution known to 1e-12.
+MIXTURE = Mixture(components=3, dim=2, seed=4)
+EXACT = fs.exact.Mixture(np.full(3, 1 / 3), MIXTURE.means, MIXTURE.std**2)
+LAM = (-1.5, 1.5)
+HISTORY = 3
+ORDER_PROCESSES = {"vp": fs.VP(), "edm": fs.EDM(), "flow": fs.Flow()}
+#: Step sizes: equal, and alternating 1 : 3.
+SPACINGS = {"uniform": (1.0, 1.0), "alternating 1:3": (0.5, 1.5)}
+
+
+@functools.cache
+def exact_path(n: int, spacing: str) -> tuple[np.ndarray, torch.Tensor]:
+    """lambda of HISTORY + n + 1 nodes and the exact y = x / alpha at the first ones and the last."""
+    sizes = np.resize(SPACINGS[spacing], n + HISTORY) * (LAM[1] - LAM[0]) / n
+    lam = LAM[0] + np.concatenate([[0.0], np.cumsum(sizes)]) - sizes[:HISTORY].sum()
+    rho = np.exp(-lam)
+    y = torch.from_numpy(MIXTURE.start(6) * math.hypot(rho[0], 0.5))
+    states = [y]
+    for i in [*range(1, HISTORY + 1), n + HISTORY]:
+        at = 0 if i <= HISTORY else HISTORY
+        states.append(EXACT.solve(states[at], (1.0, rho[at]), (1.0, rho[i])))
+    return lam, torch.stack(states)
+
+
+def error(solver: str, process: fs.Process, n: int, spacing: str) -> float:
+    """RMS of x / alpha at the end, from exact states and exact network values at the start."""
+    lam, y = exact_path(n, spacing)
+    plan = fs.plan(solver, process, grid=process.time(lam))
+    levels = plan.levels
+    states = {j: y[j] * levels[j].alpha for j in range(HISTORY + 1)}
+
+    def denoise(x: torch.Tensor, level: fs.Level) -> torch.Tensor:
+        return torch.from_numpy(MIXTURE.denoise(x.numpy(), level.alpha, level.sigma))
+
+    outputs = {j: denoise(states[j], levels[j]) for j in range(HISTORY)}
+    state = fs.State(plan, HISTORY, states, outputs)
+    while not state.done:
+        state = state.advance(denoise(state.query()[0], state.level))
+    return float((state.x / levels[-1].alpha - y[-1]).square().mean().sqrt())
+
+
+@pytest.mark.parametrize("spacing", SPACINGS)
+@pytest.mark.parametrize("name", ORDER_PROCESSES)
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_measured_order_is_the_declared_one(solver, name, spacing):
+    sizes = np.array([160, 320, 640])
+    errors = [error(solver, ORDER_PROCESSES[name], n, spacing) for n in sizes]
+    slope = -np.polyfit(np.log(sizes), np.log(errors), 1)[0]
+    assert slope == pytest.approx(fs.solvers[solver].order, abs=0.2), errors
+
+
+def test_the_order_test_can_fail():
+    """A third-order method with one weight changed by its own h^2 is caught."""
+    exact = fs.solvers["dpmpp_3m"].step
+
+    def wrong(process, history, end):
+        a, b, order, is_exact = exact(process, history, end)
+        if len(b) == 3:
+            bend = 0.1 * (end.lam - history[0].lam)
+            b = [b[0] + bend * b[2], b[1], (1 - bend) * b[2]]
+        return a, b, order, is_exact
+
+    solver = fs.Multistep("wrong", 3, wrong, "", "")
+    fs.solvers.register(solver)
+    try:
+        sizes = np.array([160, 320, 640])
+        errors = [error("wrong", fs.VP(), n, "uniform") for n in sizes]
+    finally:
+        del fs.solvers._entries["wrong"]
+    assert -np.polyfit(np.log(sizes), np.log(errors), 1)[0] < 2.5
+
+
+@pytest.mark.parametrize("order", [1, 2, 3, 4, 5, 6])
+@pytest.mark.parametrize("form", ["data", "noise", "v", "flow"])
+def test_any_order_in_any_variable(form, order):
+    process, lam = fs.VP(), np.linspace(-1.0, 0.6, order + 1)
+    levels = [process.level(float(t)) for t in process.time(lam)]
+    for variable in ("lambda", "t", "rho", "own"):
+        solver = fs.exponential(order, form=form, variable=variable, growth=math.inf)
+        a, b, got, _ = solver.step(process, levels[-2::-1], levels[-1])
+        assert got == order
+        assert len(b) == order
+        assert np.isfinite([*a, *b]).all()
+
+
+# -- the ends ------------------------------------------------------------------------------------
+
+NFES = [*range(1, 13), 15, 20, 50]
+FAST_NFES = [1, 2, 3, 5, 8, 12, 50]
+#: No solver may be worse than first order on the same nodes by more than this, on any process,
+#: grid and budget. The shipped 3M has no guard against amplification: it is what others ship.
+WORST = 10.0
+WORST_UNGUARDED = {"dpmpp_3m_shipped": 20.0}
+
+
+@functools.cache
+def reference(start: fs.Level, end: fs.Level) -> np.ndarray:
+    """The solution between two levels of any process, on the flow path they share, to about 1e-5:
+    a state x at (alpha, sigma) is x / (alpha + sigma) at flow time sigma / (alpha + sigma)."""
+    z = MIXTURE.start(32)
+    t0, t1 = (v.sigma / (v.alpha + v.sigma) for v in (start, end))
+    flow = fs.Flow(t_start=t0, t_end=t1 or 1e-6)
+    plan = fs.plan("ab4", flow, 500, grid="lambda", final="min" if t1 else "zero")
+    return run(plan, MIXTURE.denoise, z * t0) * (end.alpha + end.sigma)
+
+
+def try_all(name: str, grid: str, nfes: list[int]) -> int:
+    """All solvers, budgets and both ends on one process and grid. Returns how many ran."""
+    process, ran = PROCESSES[name], 0
+    for final, nfe in itertools.product(("zero", "min"), nfes):
+        first_order = math.nan
+        for solver in ["ddim", *(s for s in SOLVERS if s != "ddim")]:
+            try:
+                plan = fs.plan(solver, process, nfe, grid=grid, final=final)
+            except ValueError as reason:
+                assert str(reason).split(" ")[0] in ("grid", "final", "nfe", "nfe:"), reason
+                continue
+            where = (solver, final, nfe)
+            assert plan.nfe == nfe, where
+            end = process.t_clean if final == "zero" else process.t_end
+            assert plan.times[-1] == end, where
+            assert plan.levels[-1].sigma == (0.0 if final == "zero" else process.sigma(end))
+            start = plan.levels[0]
+            # pure noise of the scale sigma(start): the same start for the reference
+            z = MIXTURE.start(32)
+            out, states = run_all(plan, z * start.sigma)
+            assert np.isfinite(out).all(), where
+            for before, after in itertools.pairwise(states):
+                assert (np.abs(after - before) > 1e-12 * np.abs(before)).any(), where
+            gap = out - reference(start, plan.levels[-1])
+            rms = float(np.sqrt((gap**2).mean()))
+            first_order = rms if solver == "ddim" else first_order
+            assert rms <= WORST_UNGUARDED.get(solver, WORST) * first_order, (
+                where,
+                rms / first_order,
+            )
+            ran += 1
+    return ran
+
+
+def run_all(plan: fs.Plan, x: np.ndarray) -> tuple[np.ndarray, list[np.ndarray]]:
+    states = [x]
+
+    def denoise(x, alpha, sigma):
+        states.append(x)
+        return MIXTURE.denoise(x, alpha, sigma)
+
+    out = run(plan, denoise, x)
+    return out, [*states[1:], out]
+
+
+@pytest.mark.parametrize("grid", fs.grids)
+@pytest.mark.parametrize("name", PROCESSES)
+def test_ends(name, grid):
+    process = PROCESSES[name]
+    ran = try_all(name, grid, FAST_NFES)
+    if fs.grids[grid].discrete and not process.integer_times:
+        assert ran == 0
+    else:
+        finals = 1 if process.t_clean is None else 2
+        most = len(SOLVERS) * len(FAST_NFES) * finals
+        refused = 0
+        if grid == "leading":  # one step from pure noise at time 0
+            refused = len(SOLVERS)
+        elif name == "user table" and grid in ("linspace", "trailing"):
+            refused = len(SOLVERS)  # 50 steps and time 0 do not fit into 50 levels
+        if name == "user table":
+            most -= len(SOLVERS) * (grid not in ("linspace", "trailing"))
+        assert ran == most - refused
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("grid", fs.grids)
+@pytest.mark.parametrize("name", PROCESSES)
+def test_ends_all_budgets(name, grid):
+    try_all(name, grid, NFES)
+
+
+# -- facts ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_facts(solver):
+    entry = fs.solvers[solver]
+    assert entry.name == solver
+    assert entry.order >= 1
+    assert entry.nfe_per_step == 1
+    assert not (entry.stochastic or entry.adaptive or entry.needs_calibration)
+    assert len(entry.source) > 10
+    assert "sigma = 0" in entry.ends
+    for alias in entry.aliases:
+        assert fs.solvers[alias] is entry
+    for nfe in (1, 7):
+        assert fs.plan(solver, fs.VP(), nfe).nfe == nfe
+    row_orders = [row.order for row in fs.plan(solver, fs.EDM(), 8, final="min").rows]
+    assert max(row_orders) == entry.order
+    assert row_orders[0] == 1
+
+
+def test_names_are_unique_and_the_registry_refuses_a_second():
+    names = [n for s in fs.solvers.values() for n in (s.name, *s.aliases)]
+    assert len(names) == len(set(names))
+    with pytest.raises(ValueError, match="'ddim' is taken"):
+        fs.solvers.register(fs.solvers["ddim"])
+    with pytest.raises(KeyError, match="did you mean 'dpmpp_2m'"):
+        fs.solvers["dpmp_2m"]
+
+
+def test_first_order_members_are_one_method():
+    """DDIM, Euler on a flow and in sigma, DPM-Solver-1: the same row in every form but v."""
+    for process in PROCESSES.values():
+        final = "min" if process.t_clean is None else "zero"
+        plans = [
+            fs.plan(fs.exponential(1, form=f), process, 5, final=final)
+            for f in ("data", "noise", "flow")
+        ]
+        for other in plans[1:]:
+            for mine, theirs in zip(plans[0].rows, other.rows, strict=True):
+                assert mine.a == pytest.approx(theirs.a, rel=1e-13)
+                assert mine.b == pytest.approx(theirs.b, rel=1e-13)
+    # and on a flow that row is Euler in t: x + dt u with u = (x - D) / t
+    plan = fs.plan("ddim", fs.Flow(), 5)
+    for i, row in enumerate(plan.rows):
+        t, dt = plan.times[i], plan.times[i + 1] - plan.times[i]
+        assert row.a.get(i, 0.0) == pytest.approx(1 + dt / t, abs=1e-15)
+        assert row.b[i] == pytest.approx(-dt / t)
+
+
+def test_v_form_is_exact_for_white_data():
+    """For data N(0, I) on a VP path v vanishes: any step is exact."""
+    plan = fs.plan("v_ab2", fs.VP(), 3, grid="uniform")
+    x = np.random.default_rng(0).normal(size=(5, 2))
+    out = run(plan, lambda x, alpha, sigma: alpha * x / (alpha**2 + sigma**2), x)
+    np.testing.assert_allclose(out, x, rtol=1e-12)
+
+
+def test_lower_final_order():
+    solver = fs.exponential(3, lower_final=True)
+    orders = [row.order for row in fs.plan(solver, fs.EDM(), 7, final="min").rows]
+    assert orders == [1, 2, 3, 3, 3, 2, 1]
+
+
+def test_the_growth_guard_lowers_the_order_of_rows_that_amplify():
+    """The last step of a uniform-t grid is many times longer in lambda than the one before."""
+    guarded = fs.plan("ab4", fs.Flow(), 10, grid="uniform", final="min")
+    free = fs.plan(fs.exponential(4, growth=math.inf), fs.Flow(), 10, grid="uniform", final="min")
+    assert guarded.rows[-1].order < free.rows[-1].order == 4
+    assert guarded.rows[:5] == free.rows[:5]
+    even = fs.plan("ab4", fs.Flow(), 20, grid="lambda", final="min")
+    assert [row.order for row in even.rows[4:]] == [4] * 16
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"order": 0}, "order = 0"),
+        ({"order": True}, "order = True"),
+        ({"order": 2, "form": "eps"}, "form = 'eps'"),
+        ({"order": 2, "variable": "lamda"}, "did you mean 'lambda'"),
+        ({"order": 2, "second": "half"}, "second = 'half'"),
+        ({"order": 2, "third": "shipped"}, "third = 'shipped' with order = 2"),
+        ({"order": 2, "variable": "rho", "second": "midpoint"}, "variable = 'lambda' only"),
+        ({"order": 2, "growth": 0.0}, "growth = 0.0"),
+    ],
+)
+def test_bad_parameters(arguments, words):
+    with pytest.raises(ValueError, match=words):
+        fs.exponential(**arguments)
