@@ -289,12 +289,10 @@ def compile_case(case: dict) -> tuple[fs.Process, fs.Plan, str, str]:
     orders = lowered(case, solver.nodes, count)
     if args.get("denoise_to_zero"):
         lam, orders, count = [*lam, math.inf], [*orders, 1], count + 1
-    while lam[-1] == lam[-2] or abs(lam[-1] - lam[-2]) < 1e-12:
+    while lam[-1] - lam[-2] < 1e-12:  # a last sigma that is repeated, up to rounding
         lam, orders, count = lam[:-1], orders[:-1], count - 1
     times = stored(case["t"]) if "t" in case else process.time(np.array(lam)).tolist()
-    times = times[: count + 1]
-    if len(times) <= count:
-        times.append(process.t_clean)
+    times = [*times, process.t_clean][: count + 1]  # stored times lack an appended clean end
     if math.isinf(lam[-1]):
         times[-1] = process.t_clean
     # The inverse of lambda rounds; the ends of the range do not.
@@ -371,6 +369,15 @@ def deviation(case: dict, found: Tensor) -> tuple[float, float]:
     wanted = torch.from_numpy(arrays()[f"{case['p']}_final"][case["row"]])
     worst = float((found - wanted).abs().max())
     return worst, worst / max(1.0, float(wanted.abs().max()))
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """Tensors are tiny: more threads only wait for each other, for minutes on a busy machine."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 def cases_of(name: str) -> list[dict]:

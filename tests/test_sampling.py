@@ -84,6 +84,28 @@ def test_sample_agrees_with_the_definition():
     np.testing.assert_allclose(got.numpy(), want, atol=1e-10)
 
 
+@pytest.mark.parametrize("predicts", fs.predictions)
+@pytest.mark.parametrize("name", PROCESSES)
+def test_every_prediction_on_every_process_gives_the_same_samples(name, predicts):
+    process = PROCESSES[name]
+    denoiser = network_for(process, predicts, MIXTURE.denoise)
+    final = "min" if process.t_clean is None else "zero"
+    options = {"solver": "noise_ab3", "nfe": 6, "final": final}
+    alpha = float(process.alpha(process.t_start))
+    if alpha == 0 and fs.predictions[predicts].needs_signal:
+        with pytest.raises(ValueError, match="alpha = 0"):
+            fs.sample(denoiser, (5, 3), **options)
+        return
+    x = MIXTURE.start(5) * float(process.sigma(process.t_start))
+    plan = fs.plan(options["solver"], process, 6, final=final)
+    want = run(plan, MIXTURE.denoise, x)
+    got = fs.sample(denoiser, x=torch.from_numpy(x), **options).numpy()
+    # noise and score say D / alpha: rounding grows as 1 / alpha
+    np.testing.assert_allclose(got, want, atol=1e-12 / alpha if alpha else 1e-11, rtol=1e-9)
+    single = fs.sample(denoiser, x=torch.from_numpy(x).float(), **options).numpy()
+    np.testing.assert_allclose(single, want, atol=2e-5 / alpha if alpha else 1e-3)
+
+
 def test_a_sample_depends_on_its_seed_and_index_alone():
     noise = fs.start_noise((8, 3, 4), 7)
     for batch in (1, 3, 8):
@@ -249,6 +271,20 @@ def test_plan_and_nfe_must_agree():
         fs.plan("ddim", "vp", 4)
 
 
+@pytest.mark.parametrize(
+    ("other", "words"),
+    [
+        (fs.Denoiser(Recorder(), fs.Flow(), "data"), "alpha"),
+        (fs.Denoiser(Recorder(), fs.VP(), "noise"), "p = 0"),
+        (fs.Denoiser(Recorder(), fs.VP(), "data", time=1000.0), "c_noise"),
+    ],
+)
+def test_a_plan_for_another_model_is_refused(other, words):
+    plan = fs.plan("ddim", fs.Denoiser(Recorder(), fs.VP(), "data"), 4)
+    with pytest.raises(ValueError, match=f"made for another model .{words}"):
+        fs.sample(other, (1, 2), solver=plan)
+
+
 @pytest.mark.parametrize("at", [1, 3, 5])
 def test_a_network_that_returns_nan_is_named_with_its_call(at):
     network = Recorder(at, lambda x: x * torch.nan)
@@ -264,9 +300,24 @@ def test_a_network_that_returns_the_wrong_shape_at_some_step():
         fs.sample(fs.Denoiser(network, fs.VP(), "data"), (2, 3), nfe=5)
 
 
-def test_progress_bar_only_for_long_runs(capsys):
+def test_progress_bar_counts_evaluations_and_shows_only_after_a_second(monkeypatch, capsys):
+    from fewstep import _sampling
+
+    bars = []
+
+    class Bar(_sampling.tqdm):
+        def __init__(self, *args, **options):
+            super().__init__(*args, **options)
+            bars.append((self, options))
+
+    monkeypatch.setattr(_sampling, "tqdm", Bar)
     denoiser = fs.Denoiser(Recorder(), fs.VP(), "data")
     fs.sample(denoiser, (2, 3), nfe=5)
+    (bar, options), *_ = bars
+    assert (bar.n, bar.total) == (5, 5)
+    assert options["delay"] == 1.0
+    fs.sample(denoiser, (2, 3), nfe=5, progress=False)
+    assert bars[-1][0].disable
     assert capsys.readouterr().err == ""
 
 

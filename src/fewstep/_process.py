@@ -178,8 +178,9 @@ class VP(_VariancePreserving):
         return np.sqrt(np.abs(np.expm1(-self._integral(t))))
 
     def lam(self, t: ArrayLike) -> Array:
-        with np.errstate(divide="ignore"):
-            return -0.5 * np.log(np.expm1(self._integral(t)))
+        integral = self._integral(t)
+        with np.errstate(divide="ignore"):  # log(expm1(B)), without its overflow
+            return -0.5 * (integral + np.log(-np.expm1(-integral)))
 
     def time(self, lam: ArrayLike) -> Array:
         integral = np.logaddexp(0.0, -2.0 * _array(lam))

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
@@ -135,6 +136,7 @@ def _prepare(
         if nfe not in (None, solver.nfe):
             raise ValueError(f"nfe = {nfe}, but the plan has {solver.nfe}; leave nfe out")
         run = solver
+        _check_match(run, model)
     else:
         run = plan(solver, model, nfe, grid=grid, final=final)
     if x is not None:
@@ -153,34 +155,53 @@ def _prepare(
     return run, run.start(noise * run.prior_std)
 
 
+def _check_match(run: Plan, model: Model) -> None:
+    """A plan made for another process or prediction would run, and give rubbish: refuse it."""
+    for i, (level, call) in enumerate(zip(run.levels, run.calls, strict=True)):
+        if call is None:
+            continue
+        true = model.process.level(level.t)
+        want = (true.alpha, true.sigma, *model.prediction.scalars(true))
+        have = (level.alpha, level.sigma, call.p, call.q, call.c_in, call.c_noise)
+        if not np.allclose(have, want, rtol=1e-6, atol=1e-9):
+            names = ("alpha", "sigma", "p", "q", "c_in", "c_noise")
+            k = int(np.argmin(np.isclose(have, want, rtol=1e-6, atol=1e-9)))
+            raise ValueError(
+                f"solver: the plan was made for another model ({names[k]} = {have[k]:.6g} at "
+                f"evaluation {i + 1}, t = {level.t:g}, where this model has {want[k]:.6g}); make "
+                "the plan from this model"
+            )
+
+
 def _iterate(model: Model, run: Plan, state: State, cond: Mapping[str, Any]) -> Iterator[Record]:
-    # On a CPU a look at every state costs nothing. On an accelerator it would stall the queue at
-    # every step, so the verdicts stay there and are read once, at the end.
-    verdicts: list[tuple[State, Tensor]] = []
+    # On a CPU a look at every answer costs nothing. On an accelerator it would stall the queue at
+    # every step, so the verdicts stay there, one bit each, and are read once at the end.
+    verdicts: list[Tensor] = []
     while not state.done:
         level = state.level
         with torch.no_grad():
             x_in, t_in = state.query()
             after = state.advance(model.output(x_in, t_in, level, cond))
             denoised = after.denoised
-            verdicts.append((state, torch.isfinite(denoised).all()))
-        if after.done or state.x.device.type == "cpu":
-            _check_finite(run, verdicts)
+            verdicts.append(torch.isfinite(denoised).all())
+        if after.done or denoised.device.type == "cpu":
+            _check_finite(run, after.nfe - len(verdicts), verdicts)
             verdicts.clear()
         state = after
         yield Record(state.nfe, level, denoised, state.x, state.level, state.done, state)
 
 
-def _check_finite(run: Plan, verdicts: Sequence[tuple[State, Tensor]]) -> None:
-    good = torch.stack([verdict for _, verdict in verdicts]).tolist()
+def _check_finite(run: Plan, before: int, verdicts: Sequence[Tensor]) -> None:
+    """Refuse to go on (or to return) once an answer was not finite, and say which one it was."""
+    good = torch.stack(list(verdicts)).tolist()
     if all(good):
         return
-    state = verdicts[good.index(False)][0]
-    largest = float(state.x.abs().max())
+    bad = before + good.index(False)
+    evaluated = [level for level, call in zip(run.levels, run.calls, strict=True) if call]
     raise FloatingPointError(
-        f"network returned NaN or inf at evaluation {state.nfe + 1} of {run.nfe} (t = "
-        f"{state.level.t:g}, sigma = {state.level.sigma:g}; its input was finite, at most "
-        f"{largest:.3g}); look for overflow in half precision, or a wrong process or prediction"
+        f"network returned NaN or inf at evaluation {bad + 1} of {run.nfe} (t = "
+        f"{evaluated[bad].t:g}, sigma = {evaluated[bad].sigma:g}), from a finite input; look for "
+        "overflow in half precision, or a wrong process or prediction"
     )
 
 

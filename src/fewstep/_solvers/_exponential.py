@@ -36,6 +36,7 @@ have finite integrals there in every variable, midpoint moments excepted (order 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -91,6 +92,8 @@ def exponential(
     step = _Exponential(form, variable, second, third, growth)
     limit = "order 1" if step.first_at_clean else "the limit of the formula"
     ends = f"start-up orders 1, 2, ...; at sigma = 0 {limit}"
+    if order > 1 and growth < math.inf:
+        ends += "; rows that would amplify errors take fewer nodes"
     if lower_final:
         ends += "; last steps of order 1, 2, ... from the end"
     return Multistep(

@@ -1,13 +1,16 @@
-"""Networks that ship with the package: small, real, trained by scripts in the repository."""
+"""Networks that ship with the package: small, real, trained by scripts in the repository; and the
+exact models of `fewstep.exact` under the same roof, so that one command samples either."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from importlib import resources
+from typing import Any
 
 import torch
 
+from .. import exact
 from .._denoiser import Denoiser
 from .._prediction import edm, unknown
 from .._process import EDM
@@ -17,46 +20,71 @@ __all__ = ["Bundled", "load", "models"]
 
 @dataclass(frozen=True)
 class Bundled:
-    """A bundled model: its sample shape, what it draws, and how it was made."""
+    """A bundled model: its sample shape, what it draws, and its conditions.
+
+    classes: number of classes, requested by cond={"label": numbers}; 0 for none.
+    uncond: the condition that stands for no class, for `Guided`.
+    data_range: of the data, for display.
+    """
 
     name: str
     shape: tuple[int, ...]
     summary: str
-    classes: int
-    data_range: tuple[float, float]
-    build: Callable[[torch.device | str], Denoiser]
+    build: Callable[[], Denoiser]
+    classes: int = 0
+    uncond: Mapping[str, Any] = field(default_factory=dict)
+    data_range: tuple[float, float] = (-1.0, 1.0)
 
 
-def _digits(device: torch.device | str) -> Denoiser:
+def _digits() -> Denoiser:
     from safetensors.torch import load as load_tensors
 
     from ._digits import SIGMA_DATA, DigitsNet
 
     file = resources.files(__name__) / "weights" / "digits.safetensors"
-    state = load_tensors(file.read_bytes())
     network = DigitsNet()
-    network.load_state_dict({name: tensor.float() for name, tensor in state.items()})
-    network.eval().requires_grad_(False).to(device)
+    network.load_state_dict({k: v.float() for k, v in load_tensors(file.read_bytes()).items()})
+    network.eval().requires_grad_(False)
     return Denoiser(network, process=EDM(), predicts=edm(SIGMA_DATA))
 
 
 models: dict[str, Bundled] = {
-    "digits": Bundled(
-        name="digits",
-        shape=(1, 8, 8),
-        summary="handwritten digits 8x8 by class (label 0-9, 10 for none), EDM preconditioning",
-        classes=10,
-        data_range=(-1.0, 1.0),
-        build=_digits,
-    ),
+    model.name: model
+    for model in (
+        Bundled(
+            "digits",
+            (1, 8, 8),
+            "trained network: handwritten digits 8x8 by class, EDM preconditioning",
+            _digits,
+            classes=10,
+            uncond={"label": 10},
+        ),
+        Bundled(
+            "exact-digits",
+            (1, 8, 8),
+            "exact: the 1,797 digits of scikit-learn, smoothed with standard deviation 0.1",
+            lambda: exact.digits().denoiser(EDM()),
+            classes=10,
+            uncond={"label": -1},
+        ),
+        Bundled(
+            "exact-patches",
+            (1, 16, 16),
+            "exact: 4,200 grey 16x16 patches of photographs, smoothed with standard deviation 0.1",
+            lambda: exact.patches().denoiser(EDM()),
+        ),
+    )
 }
 
 
 def load(name: str, device: torch.device | str = "cpu") -> Denoiser:
-    """A bundled network as a denoiser, ready to sample: `load("digits")`.
+    """A bundled model as a denoiser, ready to sample: `load("digits")`.
 
-    Conditions are keyword arguments: cond={"label": tensor of class numbers, one per sample}.
+    device: where to put a network; exact models follow the state they are given.
     """
     if name not in models:
         raise ValueError(unknown("model", name, models))
-    return models[name].build(device)
+    denoiser = models[name].build()
+    if isinstance(denoiser.network, torch.nn.Module):
+        denoiser.network.to(device)
+    return denoiser
