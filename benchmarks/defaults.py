@@ -287,16 +287,27 @@ def run(plans: Sequence[fs.Plan], denoise: Denoise, start: Tensor) -> list[Tenso
     return [s.x for s in states]
 
 
-def candidates(more: bool) -> tuple[list[fs.Solver], list[fs.Grid]]:
-    """Solvers and grids to compare; grids that are copies of another by name are left out."""
-    solvers = [
-        s for s in map(fs.solvers.__getitem__, fs.solvers) if not (s.stochastic or s.adaptive)
-    ]
-    grids = [g for name, g in fs.grids.items() if name != "exponential"]
-    return solvers + extras() * more, grids + extra_grids() * more
+@dataclass(frozen=True)
+class Choice:
+    """What to compare: solvers and grids outside the library too, or only those of some names."""
+
+    extras: bool = False
+    solvers: tuple[str, ...] = ()
+    grids: tuple[str, ...] = ()
+
+    def candidates(self) -> tuple[list[fs.Solver], list[fs.Grid]]:
+        """Solvers and grids; a grid that is a copy of another is left out."""
+        solvers = [s for s in fs.solvers.values() if not (s.stochastic or s.adaptive)]
+        solvers = [s for s in solvers if not s.needs_calibration] + extras() * self.extras
+        grids = [g for name, g in fs.grids.items() if name != "exponential"]
+        grids += extra_grids() * self.extras
+        return (
+            [s for s in solvers if not self.solvers or s.name in self.solvers],
+            [g for g in grids if not self.grids or g.name in self.grids],
+        )
 
 
-def solve_problem(name: str, nfes: Sequence[int], more: bool) -> list[Result]:
+def solve_problem(name: str, nfes: Sequence[int], choice: Choice) -> list[Result]:
     """All candidates in one problem."""
     torch.set_num_threads(1)
     model, path = name.split()
@@ -304,7 +315,7 @@ def solve_problem(name: str, nfes: Sequence[int], more: bool) -> list[Result]:
     denoise, shape = denoiser(model)
     start = noise(model, shape, process)
     target = reference(model, process, denoise, start)
-    solvers, grids = candidates(more)
+    solvers, grids = choice.candidates()
     results = []
     for nfe in nfes:
         for grid in grids:
@@ -332,7 +343,7 @@ def solve_problem(name: str, nfes: Sequence[int], more: bool) -> list[Result]:
     return results
 
 
-def measure(names: Sequence[str], nfes: Sequence[int], more: bool, jobs: int) -> list[Result]:
+def measure(names: Sequence[str], nfes: Sequence[int], choice: Choice, jobs: int) -> list[Result]:
     """Solve the exact models where the cache lacks them, then all problems."""
     CACHE.mkdir(exist_ok=True)
     (CACHE / ".gitignore").write_text("*\n")
@@ -349,7 +360,7 @@ def measure(names: Sequence[str], nfes: Sequence[int], more: bool, jobs: int) ->
     with ProcessPoolExecutor(jobs) as pool:
         list(pool.map(solve_chunk, *zip(*chunks.values(), strict=True)) if chunks else ())
         say(f"{len(chunks)} chunks of references, {time.time() - began:.0f} s")
-        futures = [pool.submit(solve_problem, name, nfes, more) for name in names]
+        futures = [pool.submit(solve_problem, name, nfes, choice) for name in names]
         for name, future in zip(names, futures, strict=True):
             results += future.result()
             say(f"{name}, {time.time() - began:.0f} s")
@@ -488,20 +499,27 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="six problems, NFE 5, 8, 12")
     parser.add_argument("--extras", action="store_true", help="also solvers, grids outside the lib")
     parser.add_argument("--out", type=Path, help="write all errors to this CSV file")
-    parser.add_argument("--from", type=Path, dest="source", help="read such a file, measure none")
+    parser.add_argument(
+        "--from", type=Path, nargs="+", dest="sources", help="read such files, measure nothing"
+    )
+    parser.add_argument("--solvers", nargs="+", default=(), help="compare these only")
+    parser.add_argument("--grids", nargs="+", default=(), help="compare these only")
     parser.add_argument("--top", type=int, default=10, help="rows of each ranking")
     parser.add_argument("--jobs", type=int, default=2, help="processes")
     options = parser.parse_args()
-    if options.source:
-        with options.source.open(newline="") as file:
-            results = [
-                Result(p, int(n), s, g, f, float(median), float(rms), note)
-                for p, n, s, g, f, median, rms, note in list(csv.reader(file))[1:]
-            ]
+    if options.sources:
+        merged: dict[object, Result] = {}
+        for source in options.sources:
+            with source.open(newline="") as file:
+                for p, n, s, g, f, median, rms, note in list(csv.reader(file))[1:]:
+                    r = Result(p, int(n), s, g, f, float(median), float(rms), note)
+                    merged[r.problem, r.nfe, r.candidate] = r
+        results = list(merged.values())
     else:
         names = QUICK if options.quick else PROBLEMS
         nfes = (5, 8, 12) if options.quick else NFES
-        results = measure(names, nfes, options.extras, options.jobs)
+        choice = Choice(options.extras, tuple(options.solvers), tuple(options.grids))
+        results = measure(names, nfes, choice, options.jobs)
     if options.out:
         with options.out.open("w", newline="") as file:
             writer = csv.writer(file, lineterminator="\n")

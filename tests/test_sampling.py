@@ -265,6 +265,9 @@ def test_plan_and_nfe_must_agree():
     assert fs.sample(denoiser, (1, 2), solver=plan, nfe=4).shape == (1, 2)
     with pytest.raises(ValueError, match="nfe = 5, but the plan has 4"):
         fs.sample(denoiser, (1, 2), solver=plan, nfe=5)
+    for more in ({"grid": "karras"}, {"final": "min"}, {"grid": [1.0, 0.0]}):
+        with pytest.raises(ValueError, match="the plan has its own"):
+            fs.sample(denoiser, (1, 2), solver=plan, **more)
     with pytest.raises(ValueError, match="the model says so already"):
         fs.plan("ddim", denoiser, 4, predicts="noise")
     with pytest.raises(ValueError, match="give a process or a model"):

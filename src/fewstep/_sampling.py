@@ -120,29 +120,46 @@ def steps(
 ) -> Iterator[Record]:
     """`sample`, one record per network evaluation: preview, stop early (just stop iterating), or
     keep `record.state` and go on later. Arguments are checked before the first `next`."""
-    run, start = _prepare(model, shape, solver, nfe, grid, final, seed, first, x, device, dtype)
-    return _iterate(model, run, start, dict(cond or {}))
+    run = _compile(model, solver, nfe, grid, final)
+    state = _start(run, shape, seed, first, x, model.device if device is None else device, dtype)
+    return _iterate(model, run, state, dict(cond or {}))
 
 
-def _prepare(
-    model, shape, solver, nfe, grid, final, seed, first, x, device, dtype
-) -> tuple[Plan, State]:
+def _compile(
+    model: Model,
+    solver: str | Solver | Plan,
+    nfe: int | None,
+    grid: str | Grid | Sequence[float],
+    final: str,
+) -> Plan:
     if not isinstance(model, Model):
         raise ValueError(
             f"model = {model!r}; wrap your network: fewstep.Denoiser(network, process=..., "
             "predicts=...)"
         )
-    if isinstance(solver, Plan):
-        if nfe not in (None, solver.nfe):
-            raise ValueError(f"nfe = {nfe}, but the plan has {solver.nfe}; leave nfe out")
-        run = solver
-        _check_match(run, model)
-    else:
-        run = plan(solver, model, nfe, grid=grid, final=final)
+    if not isinstance(solver, Plan):
+        return plan(solver, model, nfe, grid=grid, final=final)
+    if nfe not in (None, solver.nfe):
+        raise ValueError(f"nfe = {nfe}, but the plan has {solver.nfe}; leave nfe out")
+    if not (isinstance(grid, str) and (grid, final) == (DEFAULT_GRID, "zero")):
+        raise ValueError(f"grid = {grid!r}, final = {final!r}, but the plan has its own; leave out")
+    _check_match(solver, model)
+    return solver
+
+
+def _start(
+    run: Plan,
+    shape: Sequence[int] | None,
+    seed: int | Sequence[int],
+    first: int,
+    x: Tensor | None,
+    device: torch.device | str,
+    dtype: torch.dtype,
+) -> State:
     if x is not None:
         if shape is not None and tuple(shape) != tuple(x.shape):
             raise ValueError(f"shape = {tuple(shape)}, but x has shape {tuple(x.shape)}")
-        return run, run.start(x)
+        return run.start(x)
     if shape is None:
         raise ValueError("shape is missing; give (batch, ...) or a starting tensor x")
     shape = tuple(shape)
@@ -150,9 +167,8 @@ def _prepare(
         raise ValueError(f"shape = {shape}; need positive integers, batch first")
     if not dtype.is_floating_point:
         raise ValueError(f"dtype = {dtype}; need a floating-point type")
-    device = model.device if device is None else device
     noise = start_noise(shape, seed, first=first, dtype=dtype, device=device)
-    return run, run.start(noise * run.prior_std)
+    return run.start(noise * run.prior_std)
 
 
 def _check_match(run: Plan, model: Model) -> None:
@@ -232,11 +248,24 @@ def sample(
     device, dtype: of the state; default: the network's device, float32 (or better).
     progress: a bar, shown only once the run has taken a second.
     """
-    run, state = _prepare(model, shape, solver, nfe, grid, final, seed, first, x, device, dtype)
-    bar = tqdm(total=run.nfe, unit="NFE", delay=1.0, leave=False, disable=not progress)
-    result = state.x
-    with bar:
-        for record in _iterate(model, run, state, dict(cond or {})):
+    records = steps(
+        model,
+        shape,
+        solver=solver,
+        nfe=nfe,
+        grid=grid,
+        final=final,
+        seed=seed,
+        first=first,
+        x=x,
+        cond=cond,
+        device=device,
+        dtype=dtype,
+    )
+    last: Record | None = None
+    with tqdm(unit="NFE", delay=1.0, leave=False, disable=not progress) as bar:
+        for last in records:
+            bar.total = last.state.plan.nfe
             bar.update()
-            result = record.x
-    return result
+    assert last is not None  # a plan has at least one row
+    return last.x
