@@ -51,6 +51,7 @@ def test_inner_nodes_follow_the_formula(grid):
             "lambda": lambda t, p: p.lam(t),
             "exponential": lambda t, p: np.log(p.sigma(t) / p.alpha(t)),
             "karras": lambda t, p: (p.sigma(t) / p.alpha(t)) ** (1 / 7),
+            "softened": lambda t, p: (p.sigma(t) / (p.sigma(t) + 4 * p.alpha(t))) ** 0.4,
         }
         if grid in clock:
             gaps = np.diff(clock[grid](t, process))
@@ -94,7 +95,8 @@ def test_crowded_integer_times_are_moved_apart_not_lost():
     for nfe in range(1, 60):
         t = fs.plan("ddim", process, nfe, grid="karras").times
         assert len(set(t)) == nfe + 1
-    plain = fs.plan("ddim", fs.Denoiser(lambda x, t: x, process, integer_times=False), 20).times
+    anywhere = fs.Denoiser(lambda x, t: x, process, integer_times=False)
+    plain = fs.plan("ddim", anywhere, 20, grid="lambda").times
     moved = fs.plan("ddim", process, 20, grid="lambda").times
     assert np.abs(moved - plain).max() < 12
 
@@ -169,6 +171,20 @@ def test_too_many_steps_for_a_table():
         fs.plan("ddim", small, 51, grid="trailing")
 
 
+def test_the_softened_grid_is_the_same_on_every_process_and_holds_its_relatives():
+    """Same noise levels whatever the path; Karras and a shifted flow's uniform grid are members."""
+    vp = fs.VP()
+    flow = fs.Flow(t_start=float(fs.Flow().time(vp.lam(1.0))))
+    a, b = (fs.plan("ddim", p, 7, grid="softened") for p in (vp, flow))
+    np.testing.assert_allclose([n.lam for n in a.levels], [n.lam for n in b.levels], rtol=1e-9)
+    karras = fs.plan("ddim", fs.EDM(), 7, grid="karras", final="min").times
+    soft = fs.plan("ddim", fs.EDM(), 7, grid=fs.softened(1e9, 7.0), final="min").times
+    np.testing.assert_allclose(soft, karras, rtol=1e-6)
+    shifted = fs.plan("ddim", fs.Flow(shift=3.0), 7, grid="uniform").times
+    soft = fs.plan("ddim", fs.Flow(), 7, grid=fs.softened(3.0, 1.0)).times
+    np.testing.assert_allclose(soft, shifted, rtol=1e-12, atol=1e-15)
+
+
 def test_own_grids_and_their_parameters():
     assert fs.karras(3.0).name == "karras(3)"
     a = fs.plan("ddim", fs.EDM(), 8, grid=fs.karras(1e6)).times
@@ -178,6 +194,12 @@ def test_own_grids_and_their_parameters():
     np.testing.assert_allclose(cubic, (1 - np.arange(5) / 4) ** 3, rtol=1e-12)
     halves = fs.Grid("halves", lambda p, n, final: p.t_start * 0.5 ** np.arange(n + 1))
     assert fs.plan("ddim", fs.EDM(), 3, grid=halves).times.tolist() == [80, 40, 20, 10]
-    for make in (lambda: fs.karras(0), lambda: fs.power(-1), lambda: fs.beta(0, 1)):
+    for make in (
+        lambda: fs.softened(-1),
+        lambda: fs.softened(1, 0),
+        lambda: fs.karras(0),
+        lambda: fs.power(-1),
+        lambda: fs.beta(0, 1),
+    ):
         with pytest.raises(ValueError, match="positive"):
             make()

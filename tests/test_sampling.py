@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import fewstep as fs
+from fewstep._sampling import DEFAULT_SOLVER
 from problems import PROCESSES, Mixture, network_for, run
 
 MIXTURE = Mixture()
@@ -80,7 +81,7 @@ def test_sample_agrees_with_the_definition():
     denoiser = network_for(fs.VP(), "noise", MIXTURE.denoise)
     x = MIXTURE.start(5)
     got = fs.sample(denoiser, nfe=7, x=torch.from_numpy(x))
-    want = run(fs.plan("dpmpp_2m", denoiser, 7), MIXTURE.denoise, x)
+    want = run(fs.plan(DEFAULT_SOLVER, denoiser, 7), MIXTURE.denoise, x)
     np.testing.assert_allclose(got.numpy(), want, atol=1e-10)
 
 
@@ -291,7 +292,7 @@ def test_a_plan_for_another_model_is_refused(other, words):
 @pytest.mark.parametrize("at", [1, 3, 5])
 def test_a_network_that_returns_nan_is_named_with_its_call(at):
     network = Recorder(at, lambda x: x * torch.nan)
-    level = fs.plan("dpmpp_2m", fs.VP(), 5).levels[at - 1]
+    level = fs.plan(DEFAULT_SOLVER, fs.VP(), 5).levels[at - 1]
     with pytest.raises(FloatingPointError, match=f"evaluation {at} of 5 .t = {level.t:g}"):
         fs.sample(fs.Denoiser(network, fs.VP(), "data"), (2, 3), nfe=5)
     assert len(network.calls) == at

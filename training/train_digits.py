@@ -182,7 +182,6 @@ def evaluate() -> None:
             x = fs.sample(
                 guided,
                 (len(labels), 1, 8, 8),
-                solver="dpmpp_2m",
                 nfe=nfe,
                 seed=0,
                 cond={"label": labels},

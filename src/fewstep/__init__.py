@@ -12,7 +12,7 @@ answers are known, `fs.models` the bundled networks.
 
 from . import exact, models
 from ._denoiser import Denoiser, Guided, Model
-from ._grids import Grid, beta, grids, karras, power
+from ._grids import Grid, beta, grids, karras, power, softened
 from ._noise import start_noise
 from ._plan import Call, Plan, Row, State
 from ._prediction import Prediction, convert, edm, predictions
@@ -60,6 +60,7 @@ __all__ = [
     "power",
     "predictions",
     "sample",
+    "softened",
     "solvers",
     "start_noise",
     "steps",

@@ -4,9 +4,11 @@ A plan of N steps has N + 1 times. It ends either where the network's knowledge 
 (final = "min": the last time is t_end, sigma small but not 0) or at the clean end
 (final = "zero": the last time is t_clean, sigma = 0).
 
-Grids in t run straight on to t_clean. Grids in lambda or rho cannot (lambda = inf there): they
-place N times from t_start to t_end and append t_clean, the convention of EDM and k-diffusion. If
-alpha(t_start) = 0 they likewise start at t_start and go on from lambda = log(1e-3).
+Grids in t run straight on to t_clean, and so does `softened`, which is the same on every process.
+Where that would put a node between t_end and t_clean, where the network knows nothing, they place N
+times down to t_end and append t_clean. The other grids in lambda or rho always do (lambda = inf at
+t_clean): the convention of EDM and k-diffusion, which spends an evaluation at t_end. If
+alpha(t_start) = 0 they start at t_start and go on from lambda = log(1e-3).
 
     name         placement, u = i / (steps)
     uniform      t + u dt (on the shifted clock of a shifted flow)
@@ -14,6 +16,7 @@ alpha(t_start) = 0 they likewise start at t_start and go on from lambda = log(1e
     lambda       lambda uniform                                         (DPM-Solver, 2206.00927)
     exponential  log(sigma / alpha) uniform: the same as lambda, by its k-diffusion name
     karras       rho^(1/7) uniform                                      (EDM, 2206.00364, eq. 5)
+    softened     (rho / (rho + 4))^(1/2.5) uniform, rho = sigma / alpha (ours; the default)
     beta         t at the quantiles of Beta(0.6, 0.6)                   (2407.12173)
     leading, linspace, trailing: integer times of a discrete process    (2305.08891, table 2)
 """
@@ -31,7 +34,17 @@ from numpy.typing import ArrayLike
 from ._prediction import unknown
 from ._process import Array, Process
 
-__all__ = ["Grid", "as_grid", "beta", "check_nodes", "grids", "karras", "power", "times"]
+__all__ = [
+    "Grid",
+    "as_grid",
+    "beta",
+    "check_nodes",
+    "grids",
+    "karras",
+    "power",
+    "softened",
+    "times",
+]
 
 
 @dataclass(frozen=True)
@@ -122,6 +135,38 @@ def karras(rho: float = 7.0) -> Grid:
     return Grid("karras" if rho == 7 else f"karras({rho:g})", place)
 
 
+def softened(scale: float = 4.0, power: float = 2.5) -> Grid:
+    """(rho / (rho + scale))^(1 / power) uniform in rho = sigma / alpha: the same noise levels on
+    every process, from pure noise (alpha = 0) to sigma = 0, both included.
+
+    scale = inf is Karras, power = 1 the uniform grid of a flow of shift `scale`. Chosen on
+    image-like problems (benchmarks/defaults.py), where scale 3 to 4 with power 2 to 3 is a plateau
+    for data of standard deviation 0.5 to 0.75; scale should grow with that of the data.
+    """
+    if not (0 < scale < math.inf and power > 0):
+        raise ValueError(f"scale = {scale}, power = {power}; need positive numbers")
+
+    def place(process: Process, steps: int, final: str) -> Array:
+        def share(t: float) -> float:
+            return float(1 / (1 + scale * np.exp(process.lam(t)))) ** (1 / power)
+
+        def lay(last: float, count: int) -> Array:
+            inner = np.linspace(share(process.t_start), last, count)[1:-1] ** power
+            t = process.time(np.log1p(-inner) - np.log(inner) - math.log(scale))
+            return np.concatenate([[process.t_start], t])
+
+        if final == "min":
+            return np.append(lay(share(process.t_end), steps + 1), process.t_end)
+        t = lay(0.0, steps + 1)
+        if process.lam(t[-1]) <= process.lam(process.t_end):
+            return np.append(t, _clean(process))
+        t = lay(share(process.t_end), steps)
+        return np.append(t, [process.t_end, _clean(process)])
+
+    default = (scale, power) == (4.0, 2.5)
+    return Grid("softened" if default else f"softened({scale:g}, {power:g})", place)
+
+
 def beta(a: float = 0.6, b: float = 0.6) -> Grid:
     """t at the quantiles of Beta(a, b): dense at both ends for a, b < 1 (arXiv 2407.12173).
 
@@ -181,6 +226,7 @@ grids: dict[str, Grid] = {
         Grid("lambda", _lambda),
         Grid("exponential", _lambda),
         karras(),
+        softened(),
         beta(),
         _spaced("leading", lambda n, k: np.arange(k - 1, -1, -1.0) * (n // k)),
         _spaced(

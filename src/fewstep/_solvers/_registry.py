@@ -68,8 +68,12 @@ solvers = Registry(
     exponential(4, name="ab4", source=_AB),
     exponential(2, form="noise", second="midpoint", growth=inf, name="dpm_solver_2m", source=_DPM),
     *(exponential(p, form="noise", name=f"noise_ab{p}", source=_AB) for p in (2, 3, 4)),
-    *(exponential(p, form="v", variable="own", name=f"v_ab{p}", source=_AB) for p in (2, 3)),
-    *(exponential(p, form="flow", variable="own", name=f"flow_ab{p}", source=_AB) for p in (2, 3)),
+    *(exponential(p, form="v", variable="own", name=f"v_ab{p}", source=_AB) for p in (2, 3, 4)),
+    *(
+        exponential(p, form="flow", variable="own", name=f"flow_ab{p}", source=_AB)
+        for p in (2, 3, 4)
+    ),
+    exponential(2, form="flow", name="flow_exp2", source=_AB),
     *(
         exponential(
             q + 1, form="noise", variable="t", growth=inf, name=f"deis_tab{q}", source=_DEIS
