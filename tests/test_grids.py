@@ -149,6 +149,9 @@ def test_bad_nodes_are_refused_with_the_table(process, grid, words):
     [
         ({"nfe": 5, "grid": "karas"}, "grid = 'karas' .* did you mean 'karras'"),
         ({"nfe": 5, "final": "one"}, "final = 'one'"),
+        ({"nfe": 5, "grid": fs.karras}, "give a name, a Grid or a list of times"),
+        ({"nfe": 5, "grid": ["a"]}, "give a name, a Grid or a list of times"),
+        ({"nfe": 5, "grid": None}, "grid = None; give a name"),
         ({"nfe": 5, "grid": [1.0, 0.5, 0.0]}, "nfe = 5, but the grid has 3 times"),
         ({"nfe": 0}, "nfe = 0"),
         ({"nfe": -3}, "nfe = -3"),
@@ -160,6 +163,10 @@ def test_bad_nodes_are_refused_with_the_table(process, grid, words):
 def test_bad_arguments(arguments, words):
     with pytest.raises(ValueError, match=words):
         fs.plan("ddim", fs.VP(), **arguments)
+
+
+def test_integers_of_any_kind_are_a_budget():
+    assert fs.plan("ddim", fs.VP(), np.int64(3)).nfe == 3
 
 
 def test_too_many_steps_for_a_table():

@@ -159,3 +159,22 @@ def test_kinks_of_a_table_are_integrated_exactly():
     ell = (process.time(mid) - s.t) / (older.t - s.t)
     want = -e.alpha * np.sum(np.exp(-mid) * ell) * (lam[1] - lam[0])
     assert got[1] == pytest.approx(want, rel=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("dat", "lambda"), "did you mean 'data'"),
+        (("data", "lam"), "variable = 'lam'"),
+        (("data", "t"), "process: the variable 't'"),
+        (("noise", "lambda", 1.0), "start: lambda = -inf"),
+        (("noise", "rho", 0.5, 1.0), "rho is infinite at one of them"),
+    ],
+)
+def test_bad_arguments(arguments, words):
+    form, variable, *more = arguments
+    p = fs.Flow()
+    start = p.level(more[0] if more else 0.5)
+    older = p.level(more[1] if len(more) > 1 else 0.7)
+    with pytest.raises(ValueError, match=words):
+        fs.weights(form, variable, start, p.level(0.2), [start, older])

@@ -269,7 +269,10 @@ def times(process: Process, grid: Any, nfe_steps: int | None, final: str, rounds
         if rounds:
             t = _distinct_integers(t)
     else:
-        t = np.array([float(s) for s in grid], dtype=np.float64)
+        try:
+            t = np.array([float(s) for s in grid], dtype=np.float64)
+        except (TypeError, ValueError):
+            raise ValueError(f"grid = {grid!r}; give a name, a Grid or a list of times") from None
         if rounds and bool((t[:-1] != np.round(t[:-1])).any()):
             bad = t[:-1][t[:-1] != np.round(t[:-1])][0]
             raise ValueError(

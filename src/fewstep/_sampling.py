@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Any
 
 import numpy as np
@@ -61,9 +62,9 @@ def plan(
         raise ValueError(
             "nfe is missing; give the number of network evaluations, or a list of times"
         )
-    if nfe is not None and (isinstance(nfe, bool) or not isinstance(nfe, int) or nfe < 1):
+    if nfe is not None and (isinstance(nfe, bool) or not isinstance(nfe, Integral) or nfe < 1):
         raise ValueError(f"nfe = {nfe!r}; need an integer >= 1")
-    count = None if nfe is None else solver.steps(nfe)
+    count = None if nfe is None else solver.steps(int(nfe))
     nodes = times(process, grid, count, final, rounds)
     if nfe is not None and not placed and count != len(nodes) - 1:
         raise ValueError(
@@ -165,7 +166,7 @@ def _start(
     if shape is None:
         raise ValueError("shape is missing; give (batch, ...) or a starting tensor x")
     shape = tuple(shape)
-    if not shape or not all(isinstance(n, int) and n > 0 for n in shape):
+    if not shape or not all(isinstance(n, Integral) and n > 0 for n in shape):
         raise ValueError(f"shape = {shape}; need positive integers, batch first")
     if not dtype.is_floating_point:
         raise ValueError(f"dtype = {dtype}; need a floating-point type")

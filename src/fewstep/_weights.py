@@ -29,12 +29,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
+from ._prediction import unknown
 from ._process import Array, Level, Process
 
-__all__ = ["FORMS", "VARIABLES", "scale", "weights"]
+__all__ = ["FORMS", "VARIABLES", "scale", "usable", "weights"]
 
 FORMS = ("data", "noise", "v", "flow")
 #: "own" is the form's own zeta, in which the weights are ordinary variable-step Adams weights.
@@ -64,34 +66,37 @@ def weights(
 ) -> Array:
     """W_j for a step from `start` to `end` through `nodes` (any order, any side, all different).
 
-    `process` is needed for the variable "t" only. The end may be clean (lambda = inf) and a single
-    node needs no finite lambda at all; otherwise start and nodes need finite lambda, except that
-    the variables "t" and "own" take a node with alpha = 0 where their value there is finite.
+    `process` is needed for the variable "t" only. The end may be clean (lambda = inf). Two nodes or
+    more need a finite lambda at `start` and a finite basis variable at every node.
     """
+    for argument, value, known in (("form", form, FORMS), ("variable", variable, VARIABLES)):
+        if value not in known:
+            raise ValueError(unknown(argument, value, known))
     if len(nodes) == 1:
         return np.array([_total(form, start, end)])
-    h = end.lam - start.lam
+    lam, h = start.lam, end.lam - start.lam
+    if not math.isfinite(lam):
+        raise ValueError(f"start: lambda = {lam}; from there one node (order 1) is all there is")
+    if not all(usable(form, variable, node) for node in nodes):
+        raise ValueError(f"nodes: {variable} is infinite at one of them; leave it out")
+    points = [(n.t, n.lam - lam) for n in nodes]
     if math.isinf(h) and form == "data":
         # All the kernel's mass sits at the end: extrapolate D to it.
-        if _infinite(form, variable, end):
+        if not usable(form, variable, end):
             raise ValueError(f"{form} form in {variable}: no limit at sigma = 0 beyond order 1")
-        return end.alpha * _basis(form, variable, nodes, [end])[:, 0]
-    lam = start.lam
+        return end.alpha * _lagrange(form, variable, points, end.t, math.inf, lam)
     low = max(0.0, h - _FAR) if form == "data" else 0.0
     high = min(h, _FAR if form == "noise" else _FAR + abs(lam))
     edges = np.linspace(low, high, max(1, math.ceil(high - low)) + 1)
-    if variable == "t" and process is not None:
+    if variable == "t":
+        if process is None:
+            raise ValueError("process: the variable 't' needs t(lambda); give the process")
         edges = np.unique(np.append(edges, process.knots(lam + low, lam + high) - lam))
     widths = np.diff(edges)
     delta = (edges[:-1, None] + widths[:, None] * _X).ravel()
     mass = (widths[:, None] * _W).ravel() * _kernel(form, start, end, h, delta)
-    points = Level(
-        process.time(lam + delta) if variable == "t" and process is not None else None,
-        None,
-        None,
-        delta,
-    )
-    return _basis_at(form, variable, nodes, points, lam) @ mass
+    t = process.time(lam + delta) if variable == "t" and process is not None else None
+    return _lagrange(form, variable, points, t, delta, lam) @ mass
 
 
 def _total(form: str, start: Level, end: Level) -> float:
@@ -121,63 +126,44 @@ def _kernel(form: str, start: Level, end: Level, h: float, delta: Array) -> Arra
     return -scale(form, end) * 0.25 / np.cosh(0.5 * lam) ** 2
 
 
-def _infinite(form: str, variable: str, level: Level) -> bool:
-    """Whether the basis variable is infinite at a level."""
-    if variable == "lambda":
-        return math.isinf(level.lam)
-    if variable == "t":
-        return math.isinf(level.t)
-    if variable == "rho" or form == "noise":
-        return level.alpha == 0
-    return level.sigma == 0 if form == "data" else False
-
-
 def usable(form: str, variable: str, level: Level) -> bool:
     """Whether a level can be a node: the basis variable is finite there."""
-    return not _infinite(form, variable, level)
+    if variable == "lambda":
+        return math.isfinite(level.lam)
+    if variable == "t":
+        return math.isfinite(level.t)
+    if variable == "rho" or form == "noise":
+        return level.alpha > 0
+    return level.sigma > 0 or form != "data"
 
 
-def _basis(form: str, variable: str, nodes: Sequence[Level], at: Sequence[Level]) -> Array:
-    """ell_j at single levels (no quadrature), as (nodes, at)."""
-    base = next(n.lam for n in nodes if math.isfinite(n.lam))
-    return np.array(
-        [
-            [
-                math.prod(
-                    _difference(form, variable, a, k, base)
-                    / _difference(form, variable, j, k, base)
-                    for k in nodes
-                    if k is not j
-                )
-                for a in at
-            ]
-            for j in nodes
-        ]
-    )
+#: A time and a lambda that counts from a common base.
+_Point = tuple[Any, Any]
 
 
-def _basis_at(
-    form: str, variable: str, nodes: Sequence[Level], points: Level, base: float
+def _lagrange(
+    form: str, variable: str, nodes: Sequence[_Point], t: Any, delta: Any, base: float
 ) -> Array:
-    """ell_j at the quadrature points, whose `lam` counts from `base`, as (nodes, points)."""
-    factors = [_difference(form, variable, points, k, base, True) for k in nodes]
+    """The basis ell_j at the points (t, delta), in product form, as (nodes, *points)."""
+
+    def gap(a: _Point, b: _Point) -> Any:
+        return _difference(form, variable, a, b, base)
+
     rows = []
-    for j, node in enumerate(nodes):
-        row = np.ones_like(points.lam)
-        for k, other in enumerate(nodes):
-            if k != j:
-                row = row * (factors[k] / _difference(form, variable, node, other, base))
+    for j in nodes:
+        row = np.ones_like(delta)
+        for k in nodes:
+            if k is not j:
+                row = row * (gap((t, delta), k) / gap(j, k))
         rows.append(row)
     return np.array(rows)
 
 
-def _difference(form: str, variable: str, a: Level, b: Level, base: float, offset: bool = False):
-    """u(a) - u(b) up to a common factor, without cancellation. With `offset`, a.lam counts from
-    `base` already."""
+def _difference(form: str, variable: str, a: _Point, b: _Point, base: float) -> Any:
+    """u(a) - u(b) up to a common factor, without cancellation."""
     if variable == "t":
-        return a.t - b.t
-    da = a.lam if offset else a.lam - base
-    db = b.lam - base
+        return a[0] - b[0]
+    da, db = a[1], b[1]
     if variable == "lambda":
         return da - db
     if variable == "rho" or form == "noise":
@@ -196,9 +182,9 @@ def _difference(form: str, variable: str, a: Level, b: Level, base: float, offse
     return -np.arctan(np.sinh(0.5 * (da - db)) / np.cosh(0.5 * (la + lb)))
 
 
-def _tau(lam):
+def _tau(lam: Any) -> Any:
     return 1 / (1 + np.exp(lam))
 
 
-def _phi(lam):
+def _phi(lam: Any) -> Any:
     return np.arctan(np.exp(-lam))

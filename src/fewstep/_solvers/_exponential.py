@@ -96,8 +96,10 @@ def exponential(
         ends += "; rows that would amplify errors take fewer nodes"
     if lower_final:
         ends += "; last steps of order 1, 2, ... from the end"
+    special = [f"{second} second"] * (second != "exact") + [f"{third} third"] * (third != "exact")
+    special += ["lower final"] * lower_final + [f"growth {growth:g}"] * (growth != 1.5)
     return Multistep(
-        name=name or f"exponential({order}, {form}, {variable})",
+        name=name or f"exponential({', '.join(map(str, [order, form, variable, *special]))})",
         order=2 if third == "shipped" else order,
         step=step,
         source=source,
