@@ -42,7 +42,7 @@ def test_nfe_to_the_call_and_the_level_told_is_the_level_used(name, solver):
             plan = fs.plan(solver, model, nfe)
             fs.sample(model, (2, 3), solver=solver, nfe=nfe, cond={"c": torch.ones(2)})
             assert len(network.calls) == nfe == plan.nfe
-            for (x, t), level in zip(network.calls, plan.levels, strict=False):
+            for (x, t), level in zip(network.calls, plan.evaluations, strict=True):
                 assert x.shape[0] == (2 if scale == 1 else 4)
                 assert (t == t[0]).all()
                 told = process.level(float(t[0]))

@@ -18,7 +18,7 @@ from ._plan import Call, Plan, Row, State
 from ._prediction import Prediction, convert, edm, predictions
 from ._process import EDM, VE, VP, CosineVP, Custom, DiscreteVP, Flow, Level, Process
 from ._sampling import Record, plan, sample, steps
-from ._solvers._base import Draft, Multistep, Solver
+from ._solvers._base import Draft, Formula, Multistep, Solver
 from ._solvers._exponential import exponential
 from ._solvers._registry import solvers
 from ._version import __version__
@@ -35,6 +35,7 @@ __all__ = [
     "DiscreteVP",
     "Draft",
     "Flow",
+    "Formula",
     "Grid",
     "Guided",
     "Level",

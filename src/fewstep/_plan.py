@@ -127,6 +127,11 @@ class Plan:
         return sum(call is not None for call in self.calls)
 
     @property
+    def evaluations(self) -> tuple[Level, ...]:
+        """The level of every network evaluation, in order."""
+        return tuple(v for v, call in zip(self.levels, self.calls, strict=True) if call is not None)
+
+    @property
     def times(self) -> Array:
         """Time of every state."""
         return np.array([level.t for level in self.levels])

@@ -216,10 +216,10 @@ def _check_finite(run: Plan, before: int, verdicts: Sequence[Tensor]) -> None:
     if all(good):
         return
     bad = before + good.index(False)
-    evaluated = [level for level, call in zip(run.levels, run.calls, strict=True) if call]
+    level = run.evaluations[bad]
     raise FloatingPointError(
         f"network returned NaN or inf at evaluation {bad + 1} of {run.nfe} (t = "
-        f"{evaluated[bad].t:g}, sigma = {evaluated[bad].sigma:g}), from a finite input; look for "
+        f"{level.t:g}, sigma = {level.sigma:g}), from a finite input; look for "
         "overflow in half precision, or a wrong process or prediction"
     )
 

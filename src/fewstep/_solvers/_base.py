@@ -5,11 +5,12 @@ from __future__ import annotations
 import abc
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from .._plan import Row
 from .._process import Array, Level, Process
 
-__all__ = ["Draft", "Multistep", "Solver", "Step"]
+__all__ = ["Corrector", "Draft", "Formula", "Multistep", "Solver", "Step"]
 
 
 @dataclass(frozen=True)
@@ -53,12 +54,27 @@ class Solver(abc.ABC):
         """Rows for these times."""
 
 
-#: One multistep row: (process, history newest first, target level) ->
-#: (coefficients of past states, coefficients of past data predictions, order, exact), newest first.
-Step = Callable[
-    [Process, Sequence[Level], Level],
-    tuple[Sequence[float], Sequence[float], int, bool],
-]
+class Formula(NamedTuple):
+    """One step of a multistep method, aligned with a history of levels (newest first):
+
+        X = sum_k a[k] x_k + sum_k b[k] D_k
+
+    order: of this step. exact: reproduces constant data and constant noise exactly.
+    base: the part of the start's coefficient that belongs to the state the step starts from, where
+        that is not the state that was evaluated there (after a corrector). Default: all of it.
+    """
+
+    a: Sequence[float]
+    b: Sequence[float]
+    order: int
+    exact: bool = True
+    base: float | None = None
+
+
+#: (process, levels of the evaluated states newest first, target level) -> formula. For a corrector
+#: the first of these levels is the target itself; None means that it has nothing to correct.
+Step = Callable[[Process, Sequence[Level], Level], Formula]
+Corrector = Callable[[Process, Sequence[Level], Level], Formula | None]
 
 
 @dataclass(frozen=True)
@@ -68,6 +84,10 @@ class Multistep(Solver):
     Start-up: step k sees the k + 1 newest levels, at most `nodes` (default: `order`). With
     `lower_final` the last steps see at most as many levels as there are steps left, that step
     included.
+
+    With a `corrector`, every state but the last is corrected once the network has been called
+    there: the evaluated (predicted) states stay the nodes of later steps, the corrected ones are
+    where those steps start. It re-uses the evaluation of the next step and costs none.
     """
 
     name: str
@@ -77,25 +97,50 @@ class Multistep(Solver):
     ends: str
     nodes: int = 0
     lower_final: bool = False
+    corrector: Corrector | None = None
     aliases: tuple[str, ...] = ()
 
     def steps(self, nfe: int) -> int:
         return nfe
 
     def draft(self, process: Process, times: Array) -> Draft:
-        levels = tuple(process.level(float(t)) for t in times)
-        n = len(levels) - 1
-        rows = []
+        nodes = [process.level(float(t)) for t in times]
+        n = len(nodes) - 1
+        levels, evaluated, rows = [nodes[0]], [True], []
+        where = [0]  # the evaluated state of every node
+        base = 0  # the state that the step starts from
         for i in range(n):
             keep = min(self.nodes or self.order, i + 1, n - i if self.lower_final else n)
-            history = levels[i - keep + 1 : i + 1][::-1]
-            a, b, order, exact = self.step(process, history, levels[i + 1])
-            rows.append(
-                Row(
-                    {i - k: float(c) for k, c in enumerate(a) if c != 0},
-                    {i - k: float(c) for k, c in enumerate(b) if c != 0},
-                    order,
-                    exact,
-                )
-            )
-        return Draft(levels, tuple(rows), (*(True,) * n, False))
+            history = nodes[i - keep + 1 : i + 1][::-1]
+            states = where[i - keep + 1 : i + 1][::-1]
+            end = nodes[i + 1]
+            rows.append(_row(self.step(process, history, end), states, states[0], base))
+            where.append(len(levels))
+            levels.append(end)
+            evaluated.append(i < n - 1)
+            made = where[-1]
+            if self.corrector is not None and i < n - 1:
+                formula = self.corrector(process, [end, *history], end)
+                if formula is not None:
+                    rows.append(_row(formula, [made, *states], states[0], base))
+                    made = len(levels)
+                    levels.append(end)
+                    evaluated.append(False)
+            base = made
+        return Draft(tuple(levels), tuple(rows), tuple(evaluated))
+
+
+def _row(formula: Formula, states: Sequence[int], start: int, base: int) -> Row:
+    """The formula as a row over the states with these indices, starting from state `base`."""
+    a = dict(zip(states, map(float, formula.a), strict=True))
+    b = dict(zip(states, map(float, formula.b), strict=True))
+    if base != start:
+        share = a[start] if formula.base is None else formula.base
+        a[start] -= share
+        a[base] = share
+    return Row(
+        {j: c for j, c in a.items() if c != 0},
+        {j: c for j, c in b.items() if c != 0},
+        formula.order,
+        formula.exact,
+    )

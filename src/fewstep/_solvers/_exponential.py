@@ -18,7 +18,9 @@ The v form is Euler or Adams in the angle; it reproduces constants only to its o
 Named deviations from the exact weights, all in lambda:
 
     second = "midpoint"   two nodes: the first moment int kernel delta is replaced by h/2 times the
-                          zeroth ("dpmsolver" type of DPM-Solver, default of DPM-Solver++ 2M).
+                          zeroth ("dpmsolver" type of DPM-Solver, default of DPM-Solver++ 2M, and
+                          B(h) = exp(h) - 1, "bh2", of UniPC).
+    second = "bh1"        the same with B(h) = h: moment alpha_t h (data), -sigma_t h (noise).
     third = "shipped"     three nodes: the second-derivative term is halved. This is what DPM-Solver
                           and its copies ship as "3M"; it makes the method second order.
 
@@ -26,6 +28,11 @@ Uneven grids. Extrapolating over a step much longer than the ones before it ampl
 by sum |W_j| / |sum W_j|: at most 2^p for equal steps, hundreds after a sixfold step, which is how
 uniform-t grids ruin high orders at their last step. Rows above growth 2^p use fewer nodes; the
 plan's table shows the order each row has.
+
+Corrector. Once the network has been called at the new state, the step is taken again with that M as
+one more node (UniC, arXiv 2302.04867): x_t^C = (N_t/N_s) x_s^C + sum_j W_j M_j over s, t and the
+older nodes, where M is taken at the predicted states. The next step starts from x_t^C. The paper's
+B(h) cancels for three nodes or more; its "vary_coeff" variant is first order as published.
 
 Ends. Start-up: orders 1, 2, 3, ... A node where the basis variable is infinite (alpha = 0 in lambda
 or rho) is dropped. The step from alpha = 0 is DDIM (v: Euler in the angle), the limit of all forms.
@@ -44,9 +51,11 @@ from typing import Literal
 from .._prediction import unknown
 from .._process import Level, Process
 from .._weights import FORMS, VARIABLES, scale, usable, weights
-from ._base import Multistep
+from ._base import Formula, Multistep
 
-__all__ = ["exponential"]
+__all__ = ["Second", "exponential"]
+
+Second = Literal["exact", "midpoint", "bh1"]
 
 
 def exponential(
@@ -54,9 +63,10 @@ def exponential(
     *,
     form: str = "data",
     variable: str = "lambda",
-    second: Literal["exact", "midpoint"] = "exact",
+    second: Second = "exact",
     third: Literal["exact", "shipped"] = "exact",
     growth: float = 1.5,
+    corrector: bool = False,
     lower_final: bool = False,
     name: str | None = None,
     source: str = "one formula: fewstep docs",
@@ -65,9 +75,11 @@ def exponential(
     """An exponential multistep solver of any order, 1 NFE per step.
 
     order: number of nodes. form: "data", "noise", "v", "flow". variable: "lambda", "t", "rho",
-    "own". second, third: "midpoint", "shipped" for the published approximations (in lambda).
+    "own". second, third: "midpoint", "bh1", "shipped": published approximations (in lambda).
     growth: a row of p nodes whose weights amplify by more than growth 2^p takes fewer nodes; 1.5
         leaves steps that alternate 1:3 alone. math.inf: as published, no limit.
+    corrector: correct every state but the last with the evaluation made there (UniC): one order
+        more, no evaluation more.
     lower_final: last steps use at most as many nodes as there are steps left.
     """
     if isinstance(order, bool) or not isinstance(order, int) or order < 1:
@@ -75,7 +87,7 @@ def exponential(
     for argument, value, known in (
         ("form", form, FORMS),
         ("variable", variable, VARIABLES),
-        ("second", second, ("exact", "midpoint")),
+        ("second", second, ("exact", "midpoint", "bh1")),
         ("third", third, ("exact", "shipped")),
     ):
         if value not in known:
@@ -87,6 +99,10 @@ def exponential(
         )
     if third == "shipped" and order != 3:
         raise ValueError(f"third = 'shipped' with order = {order}; it is a variant of order 3")
+    if second == "bh1" and form not in ("data", "noise"):
+        raise ValueError(f"second = 'bh1' with form = {form!r}; it exists for data and noise")
+    if corrector and third == "shipped":
+        raise ValueError("third = 'shipped' with a corrector; no such method is published")
     if not growth > 0:
         raise ValueError(f"growth = {growth}; need a positive number (math.inf for no limit)")
     step = _Exponential(form, variable, second, third, growth)
@@ -97,15 +113,17 @@ def exponential(
     if lower_final:
         ends += "; last steps of order 1, 2, ... from the end"
     special = [f"{second} second"] * (second != "exact") + [f"{third} third"] * (third != "exact")
-    special += ["lower final"] * lower_final + [f"growth {growth:g}"] * (growth != 1.5)
+    special += ["corrector"] * corrector + ["lower final"] * lower_final
+    special += [f"growth {growth:g}"] * (growth != 1.5)
     return Multistep(
         name=name or f"exponential({', '.join(map(str, [order, form, variable, *special]))})",
-        order=2 if third == "shipped" else order,
+        order=2 if third == "shipped" else order + corrector,
         step=step,
         source=source,
         ends=ends,
         nodes=order,
         lower_final=lower_final,
+        corrector=step.correct if corrector else None,
         aliases=aliases,
     )
 
@@ -122,25 +140,35 @@ class _Exponential:
 
     @property
     def first_at_clean(self) -> bool:
-        return self.second == "midpoint" or (
+        return self.second != "exact" or (
             self.form == "data" and self.variable in ("lambda", "own")
         )
 
-    def __call__(
-        self, process: Process, history: Sequence[Level], end: Level
-    ) -> tuple[Sequence[float], Sequence[float], int, bool]:
-        start = history[0]
-        nodes = [n for n in history[1:] if usable(self.form, self.variable, n)]
+    def __call__(self, process: Process, history: Sequence[Level], end: Level) -> Formula:
+        return self._formula(process, history, end, 0)
+
+    def correct(self, process: Process, history: Sequence[Level], end: Level) -> Formula | None:
+        """The same step with the target's own M as one more node: UniC. None from alpha = 0,
+        where lambda has no place for the start."""
+        if history[1].alpha == 0:
+            return None
+        return self._formula(process, history, end, 1)
+
+    def _formula(self, process: Process, history: Sequence[Level], end: Level, at: int) -> Formula:
+        """A step from history[at], through it and all other levels of the history."""
+        start = history[at]
+        others = [n for n in history if n is not start and usable(self.form, self.variable, n)]
         if start.alpha == 0 or (end.sigma == 0 and self._first_only(end)):
-            nodes = []
-        nodes, W = [start, *nodes], []
+            others = []
+        nodes, W = [start, *others], []
         a, b = [0.0] * len(history), [0.0] * len(history)
+        base = scale(self.form, end) / scale(self.form, start) if start.alpha else None
         if self.form == "v":
             first = float(weights("v", self.variable, start, end, [start])[0])
-            a[0], b[0] = _add(scale("v", end) / scale("v", start), 0.0, first, "v", start)
+            a[at], b[at] = _add(scale("v", end) / scale("v", start), 0.0, first, "v", start)
         else:  # DDIM
-            a[0] = end.sigma / start.sigma
-            b[0] = float(weights("data", self.variable, start, end, [start])[0])
+            a[at] = end.sigma / start.sigma
+            b[at] = float(weights("data", self.variable, start, end, [start])[0])
         while len(nodes) > 1:
             W = list(weights(self.form, self.variable, start, end, nodes, process))
             self._approximate(W, start, end, nodes)
@@ -150,9 +178,9 @@ class _Exponential:
         for node, w in zip(nodes[1:], W[1:], strict=False):
             k = history.index(node)
             a[k], b[k] = _add(0.0, 0.0, w, self.form, node)
-            a[0], b[0] = _add(a[0], b[0], -w, self.form, start)
+            a[at], b[at] = _add(a[at], b[at], -w, self.form, start)
         order = 2 if len(nodes) == 3 and self.third == "shipped" else len(nodes)
-        return a, b, order, self.form != "v"
+        return Formula(a, b, order, self.form != "v", base)
 
     def _first_only(self, end: Level) -> bool:
         """Whether the formula beyond order 1 has no limit at this clean end."""
@@ -166,8 +194,12 @@ class _Exponential:
         """Published replacements of the exact weights of the older nodes; the newest follows, as
         the sum stays."""
         delta, total = [n.lam - start.lam for n in nodes], sum(W)
-        if len(nodes) == 2 and self.second == "midpoint":
-            W[1] = total * 0.5 * (end.lam - start.lam) / delta[1]
+        if len(nodes) == 2 and self.second != "exact":
+            h = end.lam - start.lam
+            flat = total  # bh2, and the midpoint rule
+            if self.second == "bh1":
+                flat = end.alpha * h if self.form == "data" else -end.sigma * h
+            W[1] = flat * 0.5 * h / delta[1]
         if len(nodes) == 3 and self.third == "shipped":
             # W_j of the older nodes is made of I_1 = int kernel delta and I_2 = int kernel
             # delta^2 / 2; the exact method uses 2 I_2 times the divided difference, this one I_2.

@@ -6,8 +6,8 @@ from collections.abc import Iterator, Mapping
 from math import inf
 
 from .._prediction import unknown
-from ._base import Solver
-from ._exponential import exponential
+from ._base import Multistep, Solver
+from ._exponential import Second, exponential
 
 __all__ = ["Registry", "as_solver", "solvers"]
 
@@ -46,8 +46,25 @@ class Registry(Mapping[str, Solver]):
 _DDIM = "Denoising Diffusion Implicit Models, 2010.02502, eq. 12 (eta = 0)"
 _DPM = "DPM-Solver, 2206.00927, appendix"
 _DPMPP = "DPM-Solver++, 2211.01095"
+_UNIPC = "UniPC, 2302.04867, algorithms 1 and 2"
 _DEIS = "Fast Sampling with Exponential Integrator, 2204.13902, eq. 14"
 _AB = "exponential Adams-Bashforth, exact weights; compare 2211.01095, 2310.13268"
+
+
+def _unipc(
+    p: int, second: Second, name: str, variant: str, aliases: tuple[str, ...] = ()
+) -> Multistep:
+    return exponential(
+        p,
+        second=second,
+        corrector=True,
+        lower_final=True,
+        growth=inf,
+        name=name,
+        source=f"{_UNIPC}, {variant}",
+        aliases=aliases,
+    )
+
 
 # Names from the literature are the published method to the letter: no guard (growth = inf).
 solvers = Registry(
@@ -68,6 +85,9 @@ solvers = Registry(
     exponential(4, name="ab4", source=_AB),
     exponential(2, form="noise", second="midpoint", growth=inf, name="dpm_solver_2m", source=_DPM),
     *(exponential(p, form="noise", name=f"noise_ab{p}", source=_AB) for p in (2, 3, 4)),
+    *(_unipc(p, "midpoint", f"unipc_{p}", "bh2", ("unipc",) * (p == 2)) for p in (1, 2, 3)),
+    *(_unipc(p, "bh1", f"unipc_{p}_bh1", "bh1") for p in (1, 2, 3)),
+    exponential(2, form="flow", variable="own", corrector=True, name="flow_pc2", source=_AB),
     *(exponential(p, form="v", variable="own", name=f"v_ab{p}", source=_AB) for p in (2, 3, 4)),
     *(
         exponential(p, form="flow", variable="own", name=f"flow_ab{p}", source=_AB)
