@@ -21,6 +21,7 @@ CANDIDATES = (
     ("dpmpp_2m", "softened"),
     ("dpmpp_2m", "lambda"),
     ("dpmpp_2m", "karras"),
+    ("flow_pc2", "softened"),
     ("ddim", "softened"),
 )
 
