@@ -32,7 +32,10 @@ DROPPED = {
     "C_2",
     "M",
     "S_churn",
-    "disable_corrector",
+    "dc_order",
+    "dc_ratios",
+    "ratio_source",
+    "tau_func",
     "quadrature",
     "orders",
     "nfe",
@@ -56,8 +59,10 @@ DROPPED = {
 #: Methods that fewstep has, by implementation.
 KEPT = {
     "bdia": r"bdia_ddim_g0\.0",
+    "dc_solver": r".*_ones",
+    "dc_solver_diffusers": r".*_ones",
     "deis": r"tab\d|rhoab\d|rhork_1euler",
-    "diff_solvers": r"euler|dpm_pp_.*|deis_.*",
+    "diff_solvers": r"euler|dpm_pp_.*|deis_.*|unipc_.*",
     "diffusers_ddim": r"ddim_.*",
     "diffusers_deis_multistep": r".*",
     "diffusers_dpmsolver_multistep": r".*",
@@ -67,12 +72,15 @@ KEPT = {
     "diffusers_euler_discrete": r".*",
     "diffusers_flow_match_euler_discrete": r".*",
     "diffusers_lms_discrete": r".*",
-    "diffusers_unipc_multistep": r"flow_unip_2_bh2",
+    "diffusers_sasolver": r".*sa_(p1c2|p2c3|p3c4).*",
+    "diffusers_unipc_multistep": r".*",
     "dpm_solver": r".*_multistep_\d|.*_singlestep_1",
     "edm_dpm_solver": r".*_multistep_\d",
+    "edm_unipc": r"unipc_(1_vary_coeff|\d_bh\d)_.*",
     "flow_matching": r"euler",
     "k_diffusion": r"euler|lms_\d|dpmpp_2m|dpmpp_2m_sde_.*|dpmpp_3m_sde",
     "nvlabs_edm": r"ablation_euler",
+    "unipc": r"unipc_(1_vary_coeff|\d_bh\d)_.*",
 }
 
 #: Why the others are not: the first pattern that matches "implementation:method".
@@ -80,7 +88,8 @@ MISSING = (
     (r".*adaptive.*|flow_matching:(dopri5|bosh3)", "adaptive steps"),
     (r"dc_solver.*", "compensated history (DC-Solver)"),
     (r"dpm_solver_v3:.*", "tabulated linear part (DPM-Solver-v3)"),
-    (r".*unipc.*|diffusers_sasolver:.*", "predictor-corrector"),
+    (r".*unipc:.*vary_coeff.*", "UniPC vary_coeff, order 2 and 3: drops terms, first order"),
+    (r"diffusers_sasolver:.*", "SA-Solver, corrector not one order above the predictor"),
     (r"bdia:.*", "bidirectional steps (BDIA, gamma > 0)"),
     (r".*:(ipndm.*|plms|pndm.*)", "fixed Adams numbers (PNDM, iPNDM)"),
     (r".*:.*(singlestep|_[23]s$|dpm_fast|dpm_2|dpmpp_2s|dpmpp_sde).*", "several stages per step"),
@@ -103,6 +112,11 @@ def left_out(case: dict) -> str | None:
     if name == "nvlabs_edm" and (args["schedule"], args["scaling"]) != ("linear", "none"):
         return "Euler in a clock or a scaling in which it is not DDIM"
     return None
+
+
+def short(value: object) -> object:
+    """An argument; a list that names more steps than any case has (disable_corrector) is "all"."""
+    return "all" if isinstance(value, list) and len(value) >= 50 else value
 
 
 def boundaries(case: dict, grids: dict, lists: dict) -> list[float]:
@@ -198,14 +212,16 @@ def main() -> None:
             "process": case["process"],
             "method": case["method"],
             "steps": case["steps"],
-            "args": index("args", {k: v for k, v in args.items() if k not in DROPPED}),
+            "args": index("args", {k: short(v) for k, v in args.items() if k not in DROPPED}),
             "lam": index("lists", lam),
             "start": index("args", start),
         }
         if case["final_coord"] == "y":
             kept["y"] = 1
         # Only where the code's own time is the process's, not sigma.
-        timed = name == "deis" or (name == "dpm_solver" and case["process"] == "vplin")
+        timed = name == "deis" or (
+            name in ("dpm_solver", "unipc", "dc_solver") and case["process"] == "vplin"
+        )
         if timed and "t" in manifest["grids"][case["grid"]]:
             kept["t"] = index("lists", manifest["grids"][case["grid"]]["t"])
         if case.get("model_eval") == "timestep":

@@ -7,7 +7,10 @@ the deviation is reproduced here, by giving every step its order or its rows by 
 
     orders      lowered near the end: dpm_solver below 10 steps, diffusers below 15, UniPC and the
                 EDM copies always; to sigma = 0 always
-    zero steps  diffusers repeats the last sigma in some settings; that step does nothing
+    zero steps  diffusers repeats the last sigma in some settings; that step does nothing but, in a
+                predictor-corrector method, call the network once more and correct the last state
+    corrector   UniPC of diffusers can leave it out at some steps; the final step to sigma = 0 of
+                denoise_to_zero starts from a state that is not corrected
     landing     diffusers DDIM lands on another time than it evaluates next (linspace spacing,
                 trailing spacing that does not divide)
     rounding    diffusers may evaluate the network at a rounded time and step from the exact sigma
@@ -23,7 +26,7 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -35,6 +38,7 @@ import torch
 from torch import Tensor
 
 import fewstep as fs
+from fewstep._solvers._base import Formula
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -46,8 +50,10 @@ LIMIT = 1e-10
 #: may grow, never shrink: a skipped case is a failure.
 COVERED = {
     "bdia": (7, 7),
+    "dc_solver": (69, 69),
+    "dc_solver_diffusers": (68, 31),
     "deis": (157, 157),
-    "diff_solvers": (136, 136),
+    "diff_solvers": (245, 245),
     "diffusers_ddim": (83, 55),
     "diffusers_deis_multistep": (185, 165),
     "diffusers_dpmsolver_multistep": (354, 331),
@@ -57,13 +63,28 @@ COVERED = {
     "diffusers_euler_discrete": (67, 67),
     "diffusers_flow_match_euler_discrete": (84, 84),
     "diffusers_lms_discrete": (126, 126),
-    "diffusers_unipc_multistep": (14, 14),
+    "diffusers_sasolver": (59, 52),
+    "diffusers_unipc_multistep": (364, 247),
     "dpm_solver": (235, 229),
     "edm_dpm_solver": (112, 98),
+    "edm_unipc": (205, 205),
     "flow_matching": (15, 15),
     "k_diffusion": (210, 210),
     "nvlabs_edm": (24, 24),
+    "unipc": (305, 300),
 }
+
+
+#: Implementations of UniPC and of what equals it: DC-Solver with all ratios 1; SA-Solver at tau = 0
+#: with a corrector one order above the predictor (data: bh1, noise: exact weights).
+CORRECTING = (
+    "dc_solver",
+    "dc_solver_diffusers",
+    "diffusers_sasolver",
+    "diffusers_unipc_multistep",
+    "edm_unipc",
+    "unipc",
+)
 
 
 @cache
@@ -170,7 +191,7 @@ def lowered(case: dict, order: int, count: int) -> list[int]:
     wanted = bool(args.get("lower_order_final", name.startswith("diffusers")))
     if name == "dpm_solver" and count >= 10:
         wanted = False
-    if name in ("dpm_solver", "edm_dpm_solver", "diff_solvers", "diffusers_unipc_multistep"):
+    if name in ("dpm_solver", "edm_dpm_solver", "diff_solvers", *CORRECTING):
         return [min(k, count - i) for i, k in enumerate(warm)] if wanted else warm
     if name in (
         "diffusers_dpmsolver_multistep",
@@ -190,7 +211,8 @@ def solver_for(case: dict) -> fs.Multistep:
     name, method = implementation(case), case["method"]
     args = golden()["args"][case["args"]]
     form, variable, second, third = "data", "lambda", "exact", "exact"
-    order = 1
+    order, corrector = 1, False
+    variants = {"bh1": "bh1", "bh2": "midpoint", "vary_coeff": "exact"}
     if name in ("dpm_solver", "edm_dpm_solver"):
         order = args["order"]
         form = "data" if args["algorithm_type"] == "dpmsolver++" else "noise"
@@ -218,14 +240,23 @@ def solver_for(case: dict) -> fs.Multistep:
         form = "noise" if args.get("algorithm_type") == "dpmsolver" else "data"
         second = "midpoint" if args.get("solver_type", "midpoint") == "midpoint" else "exact"
         third = "shipped"
-    elif name == "diffusers_unipc_multistep":
-        order, second = 2, "midpoint"
+    elif name == "diffusers_sasolver":
+        order, corrector = args["predictor_order"], True
+        form = "noise" if args.get("algorithm_type") == "noise_prediction" else "data"
+        second = "bh1" if form == "data" else "exact"
+    elif name in CORRECTING or method.startswith("unipc"):
+        order = args.get("order", args.get("max_order", args.get("solver_order", 2)))
+        noise = args.get("algorithm_type") == "noise_prediction" or not args.get("predict_x0", True)
+        form = "noise" if noise else "data"
+        second = variants[args.get("variant", args.get("solver_type", "bh2"))]
+        corrector = args.get("disable_corrector") != "all"
     return fs.exponential(
         order,
         form=form,
         variable=variable,
-        second=second if order > 1 and variable == "lambda" else "exact",
+        second=second if (order > 1 or corrector) and variable == "lambda" else "exact",
         third=third if order == 3 else "exact",
+        corrector=corrector,
         growth=math.inf,
     )
 
@@ -254,24 +285,37 @@ def by_hand(
     orders: Sequence[int],
     predicts: str,
     landings: Sequence[fs.Level] | None = None,
+    corrected: Collection[int] = (),
 ) -> fs.Plan:
     """A plan whose step i has orders[i] and, if given, ends at landings[i] while the next begins
-    at levels[i + 1]: such rows do not reproduce constant data and noise."""
-    rows = []
+    at levels[i + 1]: such rows do not reproduce constant data and noise. The states at the levels
+    in `corrected` are corrected, with the nodes of the step that ends there and their own."""
+    rows, states, made = [], [levels[0]], [0]  # made: the state first made at each level
+    called, start = {0}, 0
+
+    def add(formula: Formula, seen: Sequence[int], newest: int, level: fs.Level) -> None:
+        a, b = (dict(zip(seen, map(float, values), strict=True)) for values in formula[:2])
+        if start != newest:
+            share = a[newest] if formula.base is None else formula.base
+            a[newest], a[start] = a[newest] - share, share
+        a, b = ({j: c for j, c in terms.items() if c} for terms in (a, b))
+        rows.append(fs.Row(a, b, formula.order, formula.exact and landings is None))
+        states.append(level)
+        called.update(b)
+
     for i, order in enumerate(orders):
-        history = levels[i - order + 1 : i + 1][::-1]
+        history, seen = levels[i - order + 1 : i + 1][::-1], made[i - order + 1 : i + 1][::-1]
         end = levels[i + 1] if landings is None else landings[i]
-        a, b, _, exact = solver.step(process, history, end)
-        rows.append(
-            fs.Row(
-                {i - j: c for j, c in enumerate(a) if c},
-                {i - j: c for j, c in enumerate(b) if c},
-                order,
-                exact and landings is None,
-            )
-        )
-    calls = [fs.Call(*map(float, fs.predictions[predicts].scalars(v))) for v in levels[:-1]]
-    return fs.Plan(tuple(levels), tuple(rows), (*calls, None), process.integer_times)
+        add(solver.step(process, history, end), seen, made[i], levels[i + 1])
+        made.append(len(rows))
+        if i + 1 in corrected:
+            add(solver.corrector(process, [end, *history], end), [made[-1], *seen], made[i], end)
+        start = len(rows)
+    calls = [
+        fs.Call(*map(float, fs.predictions[predicts].scalars(v))) if j in called else None
+        for j, v in enumerate(states)
+    ]
+    return fs.Plan(tuple(states), tuple(rows), tuple(calls), process.integer_times)
 
 
 def compile_case(case: dict) -> tuple[fs.Process, fs.Plan, str, str]:
@@ -287,6 +331,9 @@ def compile_case(case: dict) -> tuple[fs.Process, fs.Plan, str, str]:
         lam = lam[: case["steps"] + 1]  # its grid has a level more than it takes steps
     count = len(lam) - 1
     orders = lowered(case, solver.nodes, count)
+    # The official code corrects at all inner levels, or fewer; seen from its own grid.
+    corrected = set(range(1, count)) if solver.corrector else set()
+    corrected -= {k + 1 for k in args.get("disable_corrector", ()) if corrected}
     if args.get("denoise_to_zero"):
         lam, orders, count = [*lam, math.inf], [*orders, 1], count + 1
     while lam[-1] - lam[-2] < 1e-12:  # a last sigma that is repeated, up to rounding
@@ -308,14 +355,15 @@ def compile_case(case: dict) -> tuple[fs.Process, fs.Plan, str, str]:
         first = math.isinf(lam[-1]) and solver.step.first_at_clean
         return [*orders[:-1], 1] if first else list(orders)
 
+    inner = set(range(1, count)) if solver.corrector else set()
     for lower in (False, True):
         ours = [min(i + 1, solver.nodes, count - i if lower else count) for i in range(count)]
-        if seen(ours) == seen(orders):
+        if seen(ours) == seen(orders) and corrected == inner:
             ready = replace(solver, lower_final=lower)
             plan = fs.plan(ready, process, grid=times, predicts=predicts)
             return process, plan, predicts, "plan"
-    plan = by_hand(process, solver, levels, orders, predicts)
-    return process, plan, predicts, "orders by hand"
+    plan = by_hand(process, solver, levels, orders, predicts, corrected=corrected)
+    return process, plan, predicts, "orders by hand" if corrected == inner else "corrector by hand"
 
 
 def ddim(case: dict, process: fs.DiscreteVP, solver: fs.Multistep) -> tuple[fs.Plan, str]:
@@ -351,7 +399,7 @@ def run(case: dict, process: fs.Process, plan: fs.Plan, predicts: str) -> Tensor
             level = process.level(float(t_in[0]))
             alpha, sigma = level.alpha, level.sigma
         else:
-            lam = evals[state.index]
+            lam = evals[state.nfe]
             alpha, sigma = (1 + math.exp(-2 * lam)) ** -0.5, (1 + math.exp(2 * lam)) ** -0.5
         data, noise = model.predict(x_in, alpha, sigma)
         output = {
@@ -422,6 +470,20 @@ def test_final_states(name, record_property):
     expected = COVERED[name]
     assert reached[0] >= expected[0], f"covers fewer cases than {expected}: {summary}"
     assert reached[1] >= expected[1], f"covers fewer cases than {expected}: {summary}"
+
+
+@pytest.mark.parametrize("variant", ["bh1", "bh2"])
+def test_unipc_by_name(variant):
+    """The names stand for the solvers that were compared."""
+    for order in (1, 2, 3):
+        named = fs.solvers[f"unipc_{order}" + "_bh1" * (variant == "bh1")]
+        method = f"unipc_{order}_{variant}_data_prediction"
+        case = next(case for case in cases_of("unipc") if case["method"] == method)
+        plans = [
+            fs.plan(solver, fs.VP(), 7)
+            for solver in (named, replace(solver_for(case), lower_final=True))
+        ]
+        assert plans[0] == plans[1], method
 
 
 def test_every_result_is_accounted_for(record_property):
@@ -547,8 +609,8 @@ def laid_out(case: dict) -> tuple[str, fs.Process, str, list[float], list[float]
     lam, count, final = stored(case["lam"]), case["steps"], "min"
     process = None if case["process"] == "flow" else process_for(case, lam)
     whole = True
-    if name in ("dpm_solver", "edm_dpm_solver"):
-        grid = GRIDS[args["skip_type"]]
+    if name in ("dpm_solver", "edm_dpm_solver", "dc_solver", "edm_unipc", "unipc"):
+        grid, count = GRIDS[args["skip_type"]], len(lam) - 1
     elif name == "deis":
         phases = {("t", 1): "uniform", ("t", 2): "quadratic", ("log", 1): "lambda"}
         grid = phases.get((args["ts_phase"], args["ts_order"]), "karras")
@@ -614,7 +676,7 @@ def test_time_grids(record_property):
     print(f"\n{summary}")
     record_property("covered", summary)
     assert not failures, "\n".join(failures)
-    assert covered.total() >= 344, summary
+    assert covered.total() >= 432, summary
 
 
 def test_integer_spacings(record_property):
