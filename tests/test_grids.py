@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 
 import numpy as np
 import pytest
@@ -69,7 +70,7 @@ def test_karras_is_the_published_sequence():
     want = (80 ** (1 / 7) + i / (n - 1) * (0.002 ** (1 / 7) - 80 ** (1 / 7))) ** 7
     got = fs.plan("ddim", fs.EDM(), n, grid="karras").times
     np.testing.assert_allclose(got[:-1], want, rtol=1e-12)
-    assert got[-1] == 0.0
+    assert (got[0], got[-2], got[-1]) == (80.0, 0.002, 0.0)  # ends exact, not through a logarithm
 
 
 @pytest.mark.parametrize(
@@ -190,6 +191,12 @@ def test_the_softened_grid_is_the_same_on_every_process_and_holds_its_relatives(
     shifted = fs.plan("ddim", fs.Flow(shift=3.0), 7, grid="uniform").times
     soft = fs.plan("ddim", fs.Flow(), 7, grid=fs.softened(3.0, 1.0)).times
     np.testing.assert_allclose(soft, shifted, rtol=1e-12, atol=1e-15)
+
+
+def test_beta_without_scipy_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "scipy.special", None)
+    with pytest.raises(ImportError, match=r"grid 'beta' needs scipy: pip install"):
+        fs.plan("ddim", fs.VP(), 4, grid="beta")
 
 
 def test_own_grids_and_their_parameters():

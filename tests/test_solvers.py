@@ -225,6 +225,25 @@ def test_facts(solver):
     assert row_orders[0] == 1
 
 
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_what_a_solver_says_of_its_ends_is_what_its_plan_does(solver):
+    """Order of the first rows, and of the row that goes to sigma = 0."""
+    entry = fs.solvers[solver]
+    process = fs.VP()
+    plan = fs.plan(solver, process, grid=[*process.time(np.linspace(-0.5, 0.5, 11)), 0.0])
+    # a corrector's row stays at its level
+    moves = zip(plan.rows, plan.levels, plan.levels[1:], strict=False)
+    orders = [row.order for row, start, end in moves if start.t != end.t]
+    nodes = max(orders)
+    assert orders[:4] == [min(nodes, k) for k in (1, 2, 3, 4)]
+    if "at sigma = 0 order 1" in entry.ends:
+        assert orders[-1] == 1
+    elif "amplify" not in entry.ends:  # the guard may lower this long step
+        assert orders[-1] == nodes
+    if "last steps of order 1, 2" in entry.ends:
+        assert orders[-3:] == [min(nodes, k) for k in (3, 2, 1)]
+
+
 def test_names_are_unique_and_the_registry_refuses_a_second():
     names = [n for s in fs.solvers.values() for n in (s.name, *s.aliases)]
     assert len(names) == len(set(names))

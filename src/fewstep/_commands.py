@@ -24,7 +24,7 @@ from ._process import EDM, VE, VP, CosineVP, DiscreteVP, Flow, Process
 from ._sampling import DEFAULT_GRID, DEFAULT_SOLVER, plan, sample
 from ._solvers._registry import solvers
 from ._version import __version__
-from .models import Bundled, load, models
+from .models import Bundled, find, load, models
 
 __all__ = ["app", "run"]
 
@@ -118,7 +118,7 @@ def sample_command(
 
     Example: fewstep sample --nfe 6 --class 3,5 --out threes-and-fives.png
     """
-    bundled = _bundled(model)
+    bundled = find(model)
     labels = _labels(bundled, classes, count)
     _check_picture(out)
     _check_device(device)
@@ -177,7 +177,7 @@ def plan_command(
     Example: fewstep plan dpmpp_3m --process flow --shift 3 --nfe 6
     """
     if model is not None:
-        made = _plan(solver, _denoiser(model), nfe, grid, final)
+        made = _plan(solver, load(model), nfe, grid, final)
     else:
         if process not in PROCESSES:
             raise ValueError(unknown("process", process, PROCESSES))
@@ -210,7 +210,7 @@ def models_command() -> None:
     for name, model in models.items():
         shape = "x".join(map(str, model.shape))
         classes = f"0-{model.classes - 1}" if model.classes else "none"
-        table.add_row(name, shape, classes, repr(_denoiser(name).process), model.summary)
+        table.add_row(name, shape, classes, repr(model.process), model.summary)
     _console().print(table)
 
 
@@ -241,16 +241,6 @@ def run() -> None:
 def _console() -> Console:
     # A pipe has no width: give it one that keeps every cell on a line.
     return Console(width=None if sys.stdout.isatty() else 240)
-
-
-def _bundled(name: str) -> Bundled:
-    if name not in models:
-        raise ValueError(unknown("model", name, models))
-    return models[name]
-
-
-def _denoiser(name: str) -> Model:
-    return load(_bundled(name).name)
 
 
 def _plan(

@@ -19,7 +19,12 @@ from torch import Tensor
 from ._prediction import Prediction, Time, as_prediction
 from ._process import Level, Process
 
-__all__ = ["Denoiser", "Guided", "Model", "check_output"]
+__all__ = ["Denoiser", "Guided", "Model", "check_output", "told_integers"]
+
+
+def told_integers(rounds: bool, prediction: Prediction) -> bool:
+    """Whether a network is told integers: it is evaluated at integer times, and told the time."""
+    return rounds and prediction.time == "t"
 
 
 class Model(abc.ABC):
@@ -70,7 +75,7 @@ class Model(abc.ABC):
         def per_sample(s: Tensor) -> Tensor:
             return s.to(x.device, x.dtype).reshape(-1, *(1 for _ in x.shape[1:]))
 
-        whole = self.rounds and self.prediction.time == "t"
+        whole = told_integers(self.rounds, self.prediction)
         kind = torch.int64 if whole else torch.promote_types(x.dtype, torch.float32)
         t_in = c_noise.to(x.device, kind)
         out = self.output(per_sample(c_in) * x, t_in, level, cond)

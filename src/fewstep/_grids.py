@@ -56,21 +56,23 @@ class Grid:
     discrete: bool = False  # only for processes with integer times
 
 
+def _clean(process: Process) -> float:
+    """t_clean as a float; `times` has refused processes without one where it matters."""
+    return math.nan if process.t_clean is None else process.t_clean
+
+
+def _closed(process: Process, t: Array, final: str) -> Array:
+    """Times from t_start to t_end, both exact, and t_clean appended if final is "zero"."""
+    t[-1] = process.t_end
+    t[0] = process.t_start
+    return np.append(t, _clean(process)) if final == "zero" else t
+
+
 def _in_lambda(process: Process, steps: int, final: str, clock, inverse) -> Array:
     """Uniform in clock(lambda) from the start to t_end; t_clean appended if final is "zero"."""
     count = steps if final == "zero" else steps + 1
     ends = clock(np.array([process.lam_start, float(process.lam(process.t_end))]))
-    t = process.time(inverse(np.linspace(ends[0], ends[1], count)))
-    t[0] = process.t_start
-    if final == "zero":
-        return np.append(t, _clean(process))
-    t[-1] = process.t_end
-    return t
-
-
-def _clean(process: Process) -> float:
-    """t_clean as a float; `times` has refused processes without one where it matters."""
-    return math.nan if process.t_clean is None else process.t_clean
+    return _closed(process, process.time(inverse(np.linspace(ends[0], ends[1], count))), final)
 
 
 def _in_time(process: Process, steps: int, final: str, clock, inverse) -> Array:
@@ -89,16 +91,9 @@ def _in_time(process: Process, steps: int, final: str, clock, inverse) -> Array:
     if final == "zero" and math.isfinite(clean):
         t = lay(0.0, steps + 1)
         t[0], t[-1] = process.t_start, clean
-        if steps == 1 or process.lam(t[-2]) <= process.lam(process.t_end):
+        if process.lam(t[-2]) <= process.lam(process.t_end):
             return t
-    t = lay(end, steps if final == "zero" else steps + 1)
-    t[0] = process.t_start
-    if final == "zero":
-        if len(t) > 1:
-            t[-1] = process.t_end
-        return np.append(t, clean)
-    t[-1] = process.t_end
-    return t
+    return _closed(process, lay(end, steps if final == "zero" else steps + 1), final)
 
 
 def power(exponent: float, name: str | None = None) -> Grid:
@@ -153,15 +148,14 @@ def softened(scale: float = 4.0, power: float = 2.5) -> Grid:
         def lay(last: float, count: int) -> Array:
             inner = np.linspace(share(process.t_start), last, count)[1:-1] ** power
             t = process.time(np.log1p(-inner) - np.log(inner) - math.log(scale))
-            return np.concatenate([[process.t_start], t])
+            return np.concatenate([[process.t_start], t, [process.t_end]])
 
-        if final == "min":
-            return np.append(lay(share(process.t_end), steps + 1), process.t_end)
-        t = lay(0.0, steps + 1)
-        if process.lam(t[-1]) <= process.lam(process.t_end):
-            return np.append(t, _clean(process))
-        t = lay(share(process.t_end), steps)
-        return np.append(t, [process.t_end, _clean(process)])
+        if final == "zero":
+            t = lay(0.0, steps + 1)
+            t[-1] = _clean(process)
+            if process.lam(t[-2]) <= process.lam(process.t_end):
+                return t
+        return _closed(process, lay(share(process.t_end), steps + (final == "min")), final)
 
     default = (scale, power) == (4.0, 2.5)
     return Grid("softened" if default else f"softened({scale:g}, {power:g})", place)

@@ -154,7 +154,7 @@ class Plan:
             raise ValueError(f"x is {shape}; need a tensor with a leading batch axis")
         if not x.is_floating_point():
             raise ValueError(f"x has dtype {x.dtype}; need a floating-point tensor")
-        finite = bool(torch.isfinite(x).all())  # the only read from the device in a whole run
+        finite = bool(torch.isfinite(x).all())  # the only read from the device that a plan makes
         if not finite:
             raise ValueError("x contains NaN or inf; start from finite values")
         x = x.to(torch.promote_types(x.dtype, torch.float32))
@@ -195,8 +195,9 @@ class Plan:
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Plan):
             return NotImplemented
-        return self._arrays().keys() == other._arrays().keys() and all(
-            np.array_equal(v, other._arrays()[k], equal_nan=True) for k, v in self._arrays().items()
+        mine, theirs = self._arrays(), other._arrays()
+        return mine.keys() == theirs.keys() and all(
+            np.array_equal(v, theirs[k], equal_nan=True) for k, v in mine.items()
         )
 
     __hash__ = None  # pyright: ignore[reportAssignmentType]

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from ._denoiser import Model
+from ._denoiser import Model, told_integers
 from ._grids import Grid, times
 from ._noise import start_noise
 from ._plan import Call, Plan, State
@@ -85,8 +85,8 @@ def plan(
     if isinstance(on, Model) and on.conditions > 1:
         about["conditions per evaluation"] = str(on.conditions)
     prior = process.prior_std(float(nodes[0]))
-    told_integers = rounds and prediction.time == "t"
-    return Plan(draft.levels, draft.rows, calls, told_integers, prior, about)
+    integers = told_integers(rounds, prediction)
+    return Plan(draft.levels, draft.rows, calls, integers, prior, about)
 
 
 @dataclass(frozen=True)

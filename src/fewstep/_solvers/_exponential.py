@@ -32,7 +32,8 @@ plan's table shows the order each row has.
 Corrector. Once the network has been called at the new state, the step is taken again with that M as
 one more node (UniC, arXiv 2302.04867): x_t^C = (N_t/N_s) x_s^C + sum_j W_j M_j over s, t and the
 older nodes, where M is taken at the predicted states. The next step starts from x_t^C. The paper's
-B(h) cancels for three nodes or more; its "vary_coeff" variant is first order as published.
+B(h) cancels for three nodes or more; its "vary_coeff" variant is published with terms missing at
+orders 2 and 3.
 
 Ends. Start-up: orders 1, 2, 3, ... A node where the basis variable is infinite (alpha = 0 in lambda
 or rho) is dropped. The step from alpha = 0 is DDIM (v: Euler in the angle), the limit of all forms.
@@ -69,7 +70,7 @@ def exponential(
     corrector: bool = False,
     lower_final: bool = False,
     name: str | None = None,
-    source: str = "one formula: fewstep docs",
+    source: str = "exponential multistep: one formula, weights by quadrature",
     aliases: tuple[str, ...] = (),
 ) -> Multistep:
     """An exponential multistep solver of any order, 1 NFE per step.

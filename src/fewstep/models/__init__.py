@@ -13,9 +13,9 @@ import torch
 from .. import exact
 from .._denoiser import Denoiser
 from .._prediction import edm, unknown
-from .._process import EDM
+from .._process import EDM, Process
 
-__all__ = ["Bundled", "load", "models"]
+__all__ = ["Bundled", "find", "load", "models"]
 
 
 @dataclass(frozen=True)
@@ -30,13 +30,14 @@ class Bundled:
     name: str
     shape: tuple[int, ...]
     summary: str
-    build: Callable[[], Denoiser]
+    process: Process
+    build: Callable[[Process], Denoiser]
     classes: int = 0
     uncond: Mapping[str, Any] = field(default_factory=dict)
     data_range: tuple[float, float] = (-1.0, 1.0)
 
 
-def _digits() -> Denoiser:
+def _digits(process: Process) -> Denoiser:
     from safetensors.torch import load as load_tensors
 
     from ._digits import SIGMA_DATA, DigitsNet
@@ -45,7 +46,7 @@ def _digits() -> Denoiser:
     network = DigitsNet()
     network.load_state_dict({k: v.float() for k, v in load_tensors(file.read_bytes()).items()})
     network.eval().requires_grad_(False)
-    return Denoiser(network, process=EDM(), predicts=edm(SIGMA_DATA))
+    return Denoiser(network, process, edm(SIGMA_DATA))
 
 
 models: dict[str, Bundled] = {
@@ -55,6 +56,7 @@ models: dict[str, Bundled] = {
             "digits",
             (1, 8, 8),
             "trained network: handwritten digits 8x8 by class, EDM preconditioning",
+            EDM(),
             _digits,
             classes=10,
             uncond={"label": 10},
@@ -63,7 +65,8 @@ models: dict[str, Bundled] = {
             "exact-digits",
             (1, 8, 8),
             "exact: the 1,797 digits of scikit-learn, smoothed with standard deviation 0.1",
-            lambda: exact.digits().denoiser(EDM()),
+            EDM(),
+            lambda process: exact.digits().denoiser(process),
             classes=10,
             uncond={"label": -1},
         ),
@@ -71,10 +74,18 @@ models: dict[str, Bundled] = {
             "exact-patches",
             (1, 16, 16),
             "exact: 4,200 grey 16x16 patches of photographs, smoothed with standard deviation 0.1",
-            lambda: exact.patches().denoiser(EDM()),
+            EDM(),
+            lambda process: exact.patches().denoiser(process),
         ),
     )
 }
+
+
+def find(name: str) -> Bundled:
+    """What is known of a bundled model without loading it."""
+    if name not in models:
+        raise ValueError(unknown("model", name, models))
+    return models[name]
 
 
 def load(name: str, device: torch.device | str = "cpu") -> Denoiser:
@@ -82,9 +93,8 @@ def load(name: str, device: torch.device | str = "cpu") -> Denoiser:
 
     device: where to put a network; exact models follow the state they are given.
     """
-    if name not in models:
-        raise ValueError(unknown("model", name, models))
-    denoiser = models[name].build()
+    model = find(name)
+    denoiser = model.build(model.process)
     if isinstance(denoiser.network, torch.nn.Module):
         denoiser.network.to(device)
     return denoiser
