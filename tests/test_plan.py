@@ -111,7 +111,7 @@ def broken(**changes) -> None:
         (fs.Row({0: 0.5}, {0: 0.5}, 1), "row 1 does not reproduce constant data"),
         (fs.Row({2: 1.0}, {0: 0.5}, 1), "row 1 uses a state that does not exist yet"),
         (fs.Row({0: float("nan")}, {0: 0.5}, 1), "row 1 has a coefficient that is not finite"),
-        (fs.Row({0: 1.0}, {}, 1), "row 1 uses no data prediction"),
+        (fs.Row({0: 1.0}, {}, 1), "row 1 copies a state"),
     ],
 )
 def test_a_bad_row_is_refused_with_the_table(row, words):
@@ -125,7 +125,7 @@ def test_bad_shapes_of_a_plan():
     plan = plan_of("ddim", 3)
     with pytest.raises(ValueError, match="levels"):
         broken(levels=plan.levels[:-1])
-    with pytest.raises(ValueError, match="first state must be evaluated"):
+    with pytest.raises(ValueError, match="row 0 uses a data prediction of a state that is not"):
         broken(calls=(None, *plan.calls[1:]))
     with pytest.raises(ValueError, match="not evaluated"):
         broken(
@@ -201,8 +201,11 @@ def test_queries():
     assert x_in[0, 0].item() == pytest.approx(1 / np.hypot(80, 0.5))
     assert (t_in.dtype, t_in.shape) == (torch.float32, (2,))
     assert state.nfe == 0
-    with pytest.raises(ValueError, match="not been called"):
-        _ = state.denoised
+    assert len(state.plan.evaluations) == 4
+    torch.testing.assert_close(
+        state.data(torch.ones(2, 2)),
+        torch.full((2, 2), state.plan.calls[0].p + state.plan.calls[0].q),
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])

@@ -14,10 +14,11 @@ from . import exact, models
 from ._denoiser import Denoiser, Guided, Model
 from ._grids import Grid, beta, grids, karras, power, softened
 from ._noise import start_noise
-from ._plan import Call, Plan, Row, State
+from ._plan import Call, Hook, Plan, Row, State
 from ._prediction import Prediction, convert, edm, predictions
 from ._process import EDM, VE, VP, CosineVP, Custom, DiscreteVP, Flow, Level, Process
 from ._sampling import Record, plan, sample, steps
+from ._segment import add_noise
 from ._solvers._base import Draft, Formula, Multistep, Solver
 from ._solvers._exponential import exponential
 from ._solvers._registry import solvers
@@ -38,6 +39,7 @@ __all__ = [
     "Formula",
     "Grid",
     "Guided",
+    "Hook",
     "Level",
     "Model",
     "Multistep",
@@ -49,6 +51,7 @@ __all__ = [
     "Solver",
     "State",
     "__version__",
+    "add_noise",
     "beta",
     "convert",
     "edm",

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from numbers import Integral
 from typing import Any
 
@@ -15,9 +16,10 @@ from tqdm import tqdm
 from ._denoiser import Model, told_integers
 from ._grids import Grid, times
 from ._noise import start_noise
-from ._plan import Call, Plan, State
+from ._plan import Call, Hook, Plan, State
 from ._prediction import Prediction, as_prediction
-from ._process import Level, Process
+from ._process import Array, Level, Process
+from ._segment import Segment, Start, start_time
 from ._solvers._base import Solver
 from ._solvers._registry import as_solver
 
@@ -36,13 +38,19 @@ def plan(
     *,
     grid: str | Grid | Sequence[float] = DEFAULT_GRID,
     final: str = "zero",
+    start: Start | None = None,
+    upward: bool = False,
     predicts: str | Prediction | None = None,
 ) -> Plan:
     """Compile a solver for a process, or for a model (its process and prediction).
 
     nfe: network evaluations, >= 1; may be left out when `grid` is a list of times.
-    grid: a name, a `Grid`, or a list of times from noise to data, used as it is.
+    grid: a name, a `Grid`, or a list of times in the order of the run, used as it is.
     final: "zero" ends at sigma = 0, "min" at the least noise the network knows. For grids by name.
+    start: begin at another level than the process: a time t, or one of {"t": t}, {"sigma": sigma},
+        {"rho": sigma / alpha}, {"lambda": half log-SNR}, {"strength": s}: the level at which the
+        share s of the whole grid is still to come (1: all of it). nfe is what is spent from there.
+    upward: run from data (t_end, or `start`) to noise: inversion. `final` has no meaning then.
     predicts: the network's convention where `on` is a process (default "data").
     """
     solver = as_solver(solver)
@@ -64,29 +72,76 @@ def plan(
         )
     if nfe is not None and (isinstance(nfe, bool) or not isinstance(nfe, Integral) or nfe < 1):
         raise ValueError(f"nfe = {nfe!r}; need an integer >= 1")
-    count = None if nfe is None else solver.steps(int(nfe))
-    nodes = times(process, grid, count, final, rounds)
-    if nfe is not None and not placed and count != len(nodes) - 1:
+    nfe = None if nfe is None else int(nfe)
+    if start is not None and not placed:
+        raise ValueError(f"start = {start!r} with a list of times; the list says where it starts")
+    final = "min" if upward and placed else final
+    count = None if nfe is None else solver.steps(nfe, final == "zero")
+    part = process
+    if start is not None:
+        t = start_time(process, start, grid, final, rounds)
+        ends = (process.t_start, t) if upward else (t, process.t_end)
+        part = Segment(process, *ends, rounds)
+    if upward and not placed:
+        nodes = times(part, list(grid)[::-1], count, final, rounds)[::-1]
+    else:
+        nodes = times(part, grid, count, final, rounds)[:: -1 if upward else 1]
+    first = part.t_end if upward else part.t_start
+    if start is not None and nodes[0] != first:
         raise ValueError(
-            f"nfe = {nfe}, but the grid has {len(nodes)} times, which is {len(nodes) - 1} steps; "
-            "leave nfe out"
+            f"grid = {grid!r} does not begin where it is told to (start: t = {first:g}, first "
+            f"node {nodes[0]:g}); use another grid"
         )
-    draft = solver.draft(process, nodes)
-    calls = tuple(
-        Call(*(float(s) for s in prediction.scalars(level))) if evaluated else None
-        for level, evaluated in zip(draft.levels, draft.evaluated, strict=True)
-    )
     about = {
         "solver": solver.name,
         "process": repr(process),
         "grid": grid if isinstance(grid, str) else grid.name if isinstance(grid, Grid) else "list",
         "predicts": prediction.name,
     }
+    if start is not None:
+        about["start"] = repr(start)
+    if upward:
+        about["direction"] = "upward"
     if isinstance(on, Model) and on.conditions > 1:
         about["conditions per evaluation"] = str(on.conditions)
-    prior = process.prior_std(float(nodes[0]))
-    integers = told_integers(rounds, prediction)
-    return Plan(draft.levels, draft.rows, calls, integers, prior, about)
+    compiled = partial(_draft, solver, process, prediction, nfe, rounds, about)
+    return replace(compiled(nodes), origin=compiled)
+
+
+def _draft(
+    solver: Solver,
+    process: Process,
+    prediction: Prediction,
+    nfe: int | None,
+    rounds: bool,
+    about: Mapping[str, str],
+    nodes: Sequence[float] | Array,
+) -> Plan:
+    """The solver's rows for these times, and what the network's prediction makes of them."""
+    if rounds != process.integer_times:  # solvers that place nodes themselves must know
+        seen = Segment(process, process.t_start, process.t_end, rounds)
+    else:
+        seen = process
+    draft = solver.draft(seen, np.asarray(nodes, dtype=np.float64), nfe)
+
+    def call(asked: bool | Level, level: Level) -> Call | None:
+        if asked is False:
+            return None
+        at = level if asked is True else asked
+        scalars = (float(s) for s in prediction.scalars(at))
+        return Call(*scalars, level=None if asked is True else at)
+
+    return Plan(
+        draft.levels,
+        draft.rows,
+        tuple(call(*pair) for pair in zip(draft.evaluated, draft.levels, strict=True)),
+        told_integers(rounds, prediction),
+        process.prior_std(draft.levels[0].t),
+        about,
+        draft.given,
+        draft.keep,
+        draft.basis,
+    )
 
 
 @dataclass(frozen=True)
@@ -114,18 +169,35 @@ def steps(
     nfe: int | None = None,
     grid: str | Grid | Sequence[float] = DEFAULT_GRID,
     final: str = "zero",
+    start: Start | None = None,
+    upward: bool = False,
     seed: int | Sequence[int] = 0,
     first: int = 0,
     x: Tensor | None = None,
     cond: Mapping[str, Any] | None = None,
+    hook: Hook | None = None,
     device: torch.device | str | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> Iterator[Record]:
     """`sample`, one record per network evaluation: preview, stop early (just stop iterating), or
     keep `record.state` and go on later. Arguments are checked before the first `next`."""
-    run = _compile(model, solver, nfe, grid, final)
-    state = _start(run, shape, seed, first, x, model.device if device is None else device, dtype)
-    return _iterate(model, run, state, dict(cond or {}))
+    run = _compile(model, solver, nfe, grid, final, start, upward)
+    state = _begin(run, shape, seed, first, x, model.device if device is None else device, dtype)
+    _check_hook(hook, run)
+
+    def records() -> Iterator[Record]:
+        before, watch = state, _Watch(run)
+        while not before.done:
+            output, after = _step(model, before, cond or {}, hook)
+            watch.look(output, after)
+            with torch.no_grad():
+                denoised = before.data(output)
+                level = run.asked(before.index)
+                denoised = denoised if hook is None else hook(denoised, level)
+            yield Record(after.nfe, level, denoised, after.x, after.level, after.done, after)
+            before = after
+
+    return records()
 
 
 def _compile(
@@ -134,6 +206,8 @@ def _compile(
     nfe: int | None,
     grid: str | Grid | Sequence[float],
     final: str,
+    start: Start | None,
+    upward: bool,
 ) -> Plan:
     if not isinstance(model, Model):
         raise ValueError(
@@ -141,16 +215,20 @@ def _compile(
             "predicts=...)"
         )
     if not isinstance(solver, Plan):
-        return plan(solver, model, nfe, grid=grid, final=final)
+        return plan(solver, model, nfe, grid=grid, final=final, start=start, upward=upward)
     if nfe not in (None, solver.nfe):
         raise ValueError(f"nfe = {nfe}, but the plan has {solver.nfe}; leave nfe out")
     if not (isinstance(grid, str) and (grid, final) == (DEFAULT_GRID, "zero")):
         raise ValueError(f"grid = {grid!r}, final = {final!r}, but the plan has its own; leave out")
+    if start is not None or upward:
+        raise ValueError(
+            f"start = {start!r}, upward = {upward}, but the plan has its own; leave out"
+        )
     _check_match(solver, model)
     return solver
 
 
-def _start(
+def _begin(
     run: Plan,
     shape: Sequence[int] | None,
     seed: int | Sequence[int],
@@ -163,6 +241,12 @@ def _start(
         if shape is not None and tuple(shape) != tuple(x.shape):
             raise ValueError(f"shape = {tuple(shape)}, but x has shape {tuple(x.shape)}")
         return run.start(x)
+    if run.about.get("start") or run.about.get("direction"):
+        level = run.levels[0]
+        raise ValueError(
+            f"x is missing; this run starts at t = {level.t:g} (sigma = {level.sigma:g}), not from "
+            "noise: give the state there, for example from fewstep.add_noise"
+        )
     if shape is None:
         raise ValueError("shape is missing; give (batch, ...) or a starting tensor x")
     shape = tuple(shape)
@@ -176,9 +260,10 @@ def _start(
 
 def _check_match(run: Plan, model: Model) -> None:
     """A plan made for another process or prediction would run, and give rubbish: refuse it."""
-    for i, (level, call) in enumerate(zip(run.levels, run.calls, strict=True)):
+    for i, call in enumerate(run.calls):
         if call is None:
             continue
+        level = run.asked(i)
         true = model.process.level(level.t)
         want = (true.alpha, true.sigma, *model.prediction.scalars(true))
         have = (level.alpha, level.sigma, call.p, call.q, call.c_in, call.c_noise)
@@ -192,36 +277,47 @@ def _check_match(run: Plan, model: Model) -> None:
             )
 
 
-def _iterate(model: Model, run: Plan, state: State, cond: Mapping[str, Any]) -> Iterator[Record]:
-    # On a CPU a look at every answer costs nothing. On an accelerator it would stall the queue at
-    # every step, so the verdicts stay there, one bit each, and are read once at the end.
-    verdicts: list[Tensor] = []
-    while not state.done:
-        level = state.level
-        with torch.no_grad():
-            x_in, t_in = state.query()
-            after = state.advance(model.output(x_in, t_in, level, cond))
-            denoised = after.denoised
-            verdicts.append(torch.isfinite(denoised).all())
-        if after.done or denoised.device.type == "cpu":
-            _check_finite(run, after.nfe - len(verdicts), verdicts)
-            verdicts.clear()
-        state = after
-        yield Record(state.nfe, level, denoised, state.x, state.level, state.done, state)
+def _check_hook(hook: Hook | None, run: Plan) -> None:
+    if hook is not None and not callable(hook):
+        raise ValueError(f"hook = {hook!r}; need a function of (data prediction, level)")
+    if hook is not None and run.raw:
+        raise ValueError("hook: a fused plan has no data predictions; use the plan unfused")
 
 
-def _check_finite(run: Plan, before: int, verdicts: Sequence[Tensor]) -> None:
-    """Refuse to go on (or to return) once an answer was not finite, and say which one it was."""
-    good = torch.stack(list(verdicts)).tolist()
-    if all(good):
-        return
-    bad = before + good.index(False)
-    level = run.evaluations[bad]
-    raise FloatingPointError(
-        f"network returned NaN or inf at evaluation {bad + 1} of {run.nfe} (t = "
-        f"{level.t:g}, sigma = {level.sigma:g}), from a finite input; look for "
-        "overflow in half precision, or a wrong process or prediction"
-    )
+def _step(
+    model: Model, state: State, cond: Mapping[str, Any], hook: Hook | None
+) -> tuple[Tensor, State]:
+    """One network evaluation: the answer, and the state after it."""
+    with torch.no_grad():
+        output = model.output(*state.query(), state.plan.asked(state.index), cond)
+        return output, state.advance(output, hook)
+
+
+class _Watch:
+    """Refuses to go on (or to return) once an answer was not finite, and says which one it was.
+
+    On a CPU a look at every answer costs nothing. On an accelerator it would stall the queue at
+    every step, so the verdicts stay there, one bit each, and are read once at the end.
+    """
+
+    def __init__(self, run: Plan) -> None:
+        self._run = run
+        self._verdicts: list[Tensor] = []
+
+    def look(self, output: Tensor, after: State) -> None:
+        self._verdicts.append(torch.isfinite(output).all())
+        if not after.done and output.device.type != "cpu":
+            return
+        good = torch.stack(self._verdicts).tolist()
+        if not all(good):
+            bad = after.nfe - len(good) + good.index(False)
+            level = self._run.evaluations[bad]
+            raise FloatingPointError(
+                f"network returned NaN or inf at evaluation {bad + 1} of {self._run.nfe} (t = "
+                f"{level.t:g}, sigma = {level.sigma:g}), from a finite input; look for "
+                "overflow in half precision, or a wrong process or prediction"
+            )
+        self._verdicts.clear()
 
 
 def sample(
@@ -232,10 +328,13 @@ def sample(
     nfe: int | None = None,
     grid: str | Grid | Sequence[float] = DEFAULT_GRID,
     final: str = "zero",
+    start: Start | None = None,
+    upward: bool = False,
     seed: int | Sequence[int] = 0,
     first: int = 0,
     x: Tensor | None = None,
     cond: Mapping[str, Any] | None = None,
+    hook: Hook | None = None,
     device: torch.device | str | None = None,
     dtype: torch.dtype = torch.float32,
     progress: bool = True,
@@ -243,32 +342,25 @@ def sample(
     """Draw samples of the given shape (batch first).
 
     model: a `Denoiser` or `Guided`. solver: a name, a solver, or a `Plan`.
-    nfe, grid, final: see `plan`.
+    nfe, grid, final, start, upward: see `plan`.
     seed, first: sample i starts from noise that depends on (seed, first + i) only, or on seed[i]
         if seed is a list: not on batch size, order or device.
-    x: start from this tensor instead (scale `plan.prior_std` for pure noise).
+    x: start from this tensor instead (scale `plan.prior_std` for pure noise). Needed with `start`
+        (`fewstep.add_noise` makes it from data) and with `upward` (the data itself).
     cond: keyword arguments for the network, per-sample tensors batch first.
+    hook: corrects every data prediction before it is used, hook(D, level) -> D: `fewstep.clip`,
+        `fewstep.dynamic_threshold`, or your own.
     device, dtype: of the state; default: the network's device, float32 (or better).
     progress: a bar, shown only once the run has taken a second.
     """
-    records = steps(
-        model,
-        shape,
-        solver=solver,
-        nfe=nfe,
-        grid=grid,
-        final=final,
-        seed=seed,
-        first=first,
-        x=x,
-        cond=cond,
-        device=device,
-        dtype=dtype,
-    )
-    last: Record | None = None
-    with tqdm(unit="NFE", delay=1.0, leave=False, disable=not progress) as bar:
-        for last in records:
-            bar.total = last.state.plan.nfe
+    run = _compile(model, solver, nfe, grid, final, start, upward)
+    state = _begin(run, shape, seed, first, x, model.device if device is None else device, dtype)
+    _check_hook(hook, run)
+    with tqdm(total=run.nfe, unit="NFE", delay=1.0, leave=False, disable=not progress) as bar:
+        watch = _Watch(run)
+        while not state.done:
+            output, state = _step(model, state, cond or {}, hook)
+            watch.look(output, state)
+            del output  # the next call may need its memory
             bar.update()
-    assert last is not None  # a plan has at least one row
-    return last.x
+    return state.x

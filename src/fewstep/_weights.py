@@ -66,8 +66,9 @@ def weights(
 ) -> Array:
     """W_j for a step from `start` to `end` through `nodes` (any order, any side, all different).
 
-    `process` is needed for the variable "t" only. The end may be clean (lambda = inf). Two nodes or
-    more need a finite lambda at `start` and a finite basis variable at every node.
+    `process` is needed for the variable "t" only. The end may be clean (lambda = inf), or noisier
+    than the start. Two nodes or more need a finite lambda at `start`, a finite basis variable at
+    every node, and alpha > 0 at the end.
     """
     for argument, value, known in (("form", form, FORMS), ("variable", variable, VARIABLES)):
         if value not in known:
@@ -77,6 +78,8 @@ def weights(
     lam, h = start.lam, end.lam - start.lam
     if not math.isfinite(lam):
         raise ValueError(f"start: lambda = {lam}; from there one node (order 1) is all there is")
+    if h == -math.inf:
+        raise ValueError("end: alpha = 0; to there one node (order 1) is all there is")
     if not all(usable(form, variable, node) for node in nodes):
         raise ValueError(f"nodes: {variable} is infinite at one of them; leave it out")
     points = [(n.t, n.lam - lam) for n in nodes]
@@ -85,13 +88,17 @@ def weights(
         if not usable(form, variable, end):
             raise ValueError(f"{form} form in {variable}: no limit at sigma = 0 beyond order 1")
         return end.alpha * _lagrange(form, variable, points, end.t, math.inf, lam)
-    low = max(0.0, h - _FAR) if form == "data" else 0.0
-    high = min(h, _FAR if form == "noise" else _FAR + abs(lam))
-    edges = np.linspace(low, high, max(1, math.ceil(high - low)) + 1)
+    if h < 0:  # upward: towards noise
+        low, high = 0.0, max(h, -_FAR - abs(lam))
+    else:
+        low = max(0.0, h - _FAR) if form == "data" else 0.0
+        high = min(h, _FAR if form == "noise" else _FAR + abs(lam))
+    edges = np.linspace(low, high, max(1, math.ceil(abs(high - low))) + 1)
     if variable == "t":
         if process is None:
             raise ValueError("process: the variable 't' needs t(lambda); give the process")
-        edges = np.unique(np.append(edges, process.knots(lam + low, lam + high) - lam))
+        knots = process.knots(lam + min(low, high), lam + max(low, high)) - lam
+        edges = np.unique(np.append(edges, knots))[:: 1 if h > 0 else -1]
     widths = np.diff(edges)
     delta = (edges[:-1, None] + widths[:, None] * _X).ravel()
     mass = (widths[:, None] * _W).ravel() * _kernel(form, start, end, h, delta)

@@ -5,34 +5,51 @@ from __future__ import annotations
 import abc
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from .._plan import Row
 from .._process import Array, Level, Process
+
+if TYPE_CHECKING:
+    from .._basis import Basis
 
 __all__ = ["Corrector", "Draft", "Formula", "Multistep", "Solver", "Step"]
 
 
 @dataclass(frozen=True)
 class Draft:
-    """Rows before the network is known: levels of all states, rows, and which are evaluated."""
+    """Rows before the network is known.
+
+    levels: of all states. rows: rows[i] makes state given + i. evaluated: for every state whether
+    the network is asked about it, or the level at which it is, if that is another than its own.
+    given, keep, basis: as in `Plan`.
+    """
 
     levels: tuple[Level, ...]
     rows: tuple[Row, ...]
-    evaluated: tuple[bool, ...]
+    evaluated: tuple[bool | Level, ...]
+    given: int = 1
+    keep: tuple[int, ...] = ()
+    basis: Basis | None = None
 
 
 class Solver(abc.ABC):
     """Contract of a solver. It never sees a network or a tensor.
 
     1. `name`, `order` (formal order in the half log-SNR step, with exact history and away from
-       start-up and end), `nfe_per_step`, `source` (paper, arXiv id, equation) and `ends` (what it
-       does with too little history and at sigma = 0) are facts that tests measure.
-    2. `stochastic`, `adaptive`, `needs_calibration` are False unless said otherwise.
-    3. `steps(nfe)` is the number of steps that spends exactly nfe evaluations.
-    4. `draft(process, times)` gives the rows. Times are checked before it is called: finite
-       levels but for alpha = 0 at the first and sigma = 0 at the last node.
-    5. A combination it cannot do is refused there with a sentence, never approximated silently.
+       start-up and end, for any ratio of neighbouring steps), `nfe_per_step`, `source` (paper,
+       arXiv id, equation) and `ends` (what it does with too little history and at sigma = 0) are
+       facts that tests measure.
+    2. `smooth_order` is the order on grids whose step sizes change smoothly (each differs from the
+       one before by O(h) of itself), where that is higher: formulas with fixed numbers. 0: the
+       same. `fragile` says where the solver is far worse than first order, if it is ("" if not).
+    3. `stochastic`, `adaptive`, `needs_calibration` are False unless said otherwise.
+    4. `steps(nfe, clean)` is the number of steps with which exactly nfe evaluations can be spent;
+       `clean` says whether the last step goes to sigma = 0.
+    5. `draft(process, times, nfe)` gives the rows for these times; nfe evaluations if that is
+       given. Times are checked before it is called: finite levels but for alpha = 0 at the noisy
+       end and sigma = 0 at the last node. They run from noise to data, or from data to noise.
+    6. A combination it cannot do is refused there with a sentence, never approximated silently.
     """
 
     name: str
@@ -40,17 +57,19 @@ class Solver(abc.ABC):
     source: str
     ends: str
     nfe_per_step: int = 1
+    smooth_order: int = 0
+    fragile: str = ""
     stochastic: bool = False
     adaptive: bool = False
     needs_calibration: bool = False
     aliases: tuple[str, ...] = ()
 
     @abc.abstractmethod
-    def steps(self, nfe: int) -> int:
+    def steps(self, nfe: int, clean: bool) -> int:
         """Steps for a budget of network evaluations."""
 
     @abc.abstractmethod
-    def draft(self, process: Process, times: Array) -> Draft:
+    def draft(self, process: Process, times: Array, nfe: int | None = None) -> Draft:
         """Rows for these times."""
 
 
@@ -88,6 +107,8 @@ class Multistep(Solver):
     With a `corrector`, every state but the last is corrected once the network has been called
     there: the evaluated (predicted) states stay the nodes of later steps, the corrected ones are
     where those steps start. It re-uses the evaluation of the next step and costs none.
+
+    A `reversible` method hands over its last two states, from which `Plan.inverse` goes back.
     """
 
     name: str
@@ -98,14 +119,21 @@ class Multistep(Solver):
     nodes: int = 0
     lower_final: bool = False
     corrector: Corrector | None = None
+    smooth_order: int = 0
+    fragile: str = ""
+    reversible: bool = False
     aliases: tuple[str, ...] = ()
 
-    def steps(self, nfe: int) -> int:
+    def steps(self, nfe: int, clean: bool) -> int:
         return nfe
 
-    def draft(self, process: Process, times: Array) -> Draft:
+    def draft(self, process: Process, times: Array, nfe: int | None = None) -> Draft:
         nodes = [process.level(float(t)) for t in times]
         n = len(nodes) - 1
+        if nfe not in (None, n):
+            raise ValueError(
+                f"nfe = {nfe}, but the grid has {n + 1} times, which is {n} steps; leave nfe out"
+            )
         levels, evaluated, rows = [nodes[0]], [True], []
         where = [0]  # the evaluated state of every node
         base = 0  # the state that the step starts from
@@ -127,7 +155,8 @@ class Multistep(Solver):
                     levels.append(end)
                     evaluated.append(False)
             base = made
-        return Draft(tuple(levels), tuple(rows), tuple(evaluated))
+        keep = (where[-2],) if self.reversible else ()
+        return Draft(tuple(levels), tuple(rows), tuple(evaluated), keep=keep)
 
 
 def _row(formula: Formula, states: Sequence[int], start: int, base: int) -> Row:

@@ -39,7 +39,8 @@ Ends. Start-up: orders 1, 2, 3, ... A node where the basis variable is infinite 
 or rho) is dropped. The step from alpha = 0 is DDIM (v: Euler in the angle), the limit of all forms.
 The step to sigma = 0 uses the limit of the formula: in data form D extrapolated to the end in t or
 rho, x = alpha_t D_s where the variable is infinite there (lambda, own: order 1); noise, v and flow
-have finite integrals there in every variable, midpoint moments excepted (order 1).
+have finite integrals there in every variable, midpoint moments excepted (order 1). Upward, from
+data to noise, the formulas are the same with h < 0; a step to alpha = 0 is DDIM.
 """
 
 from __future__ import annotations
@@ -159,7 +160,7 @@ class _Exponential:
         """A step from history[at], through it and all other levels of the history."""
         start = history[at]
         others = [n for n in history if n is not start and usable(self.form, self.variable, n)]
-        if start.alpha == 0 or (end.sigma == 0 and self._first_only(end)):
+        if start.alpha == 0 or end.alpha == 0 or (end.sigma == 0 and self._first_only(end)):
             others = []
         nodes, W = [start, *others], []
         a, b = [0.0] * len(history), [0.0] * len(history)

@@ -1,0 +1,186 @@
+"""Plans from plans, by algebra on their rows: canonical form, fusion, exact inversion."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+
+from ._plan import Call, Plan, Row
+from ._process import Array
+
+__all__ = ["canonical", "fuse", "inverse"]
+
+#: ("X", j) or ("D", j)
+_Symbol = tuple[str, int]
+_Terms = dict[_Symbol, Any]
+
+
+def _terms(row: Row) -> _Terms:
+    return {("X", j): c for j, c in row.a.items()} | {("D", j): c for j, c in row.b.items()}
+
+
+def _add(total: _Terms, factor: Any, terms: Mapping[_Symbol, Any]) -> None:
+    for symbol, c in terms.items():
+        total[symbol] = total.get(symbol, 0.0) + factor * c
+
+
+def _rows(plan: Plan) -> Iterator[tuple[int, Row]]:
+    """(index of the state, its row in data predictions)."""
+    for made, row in enumerate(plan.rows, plan.given):
+        yield made, plan.data_row(row)
+
+
+def canonical(plan: Plan) -> tuple[Array, Array]:
+    """Every asked state, and the result, over the given states and the data predictions."""
+    inside: list[_Terms] = [{("X", j): 1.0} for j in range(plan.given)]
+    for _, row in _rows(plan):
+        total: _Terms = {}
+        for (kind, j), c in _terms(row).items():
+            _add(total, c, inside[j] if kind == "X" else {("D", j): 1.0})
+        inside.append(total)
+    asked = [k for k, call in enumerate(plan.calls) if call is not None]
+    shown = [inside[k] for k in (*asked, len(plan.levels) - 1)]
+
+    def table(symbols: list[_Symbol]) -> Array:
+        parts = [np.broadcast_arrays(*[terms.get(s, 0.0) for s in symbols]) for terms in shown]
+        return np.array(np.broadcast_arrays(*map(np.array, parts)), dtype=np.float64)
+
+    a = table([("X", j) for j in range(plan.given)])
+    return (a[:, 0] if plan.given == 1 else a), table([("D", j) for j in asked])
+
+
+def fuse(plan: Plan) -> Plan:
+    """States that are never asked about are eliminated, and D = p x + q out is folded into rows.
+
+    A corrected state u and the predicted state e of the same step start from the same state w:
+    u = (u/e coefficient of w) e + data predictions, so that no older state has to be kept.
+    """
+    if plan.raw:
+        return plan
+    last = len(plan.levels) - 1
+    stays = [
+        k < plan.given or k == last or k in plan.keep or call is not None
+        for k, call in enumerate(plan.calls)
+    ]
+    rows = dict(_rows(plan))
+    gone: dict[int, _Terms] = {}  # eliminated states, over states that stay and data predictions
+    out: list[Row] = []
+    for made, row in rows.items():
+        total = _terms(row)
+        if not stays[made]:
+            total = _from_newest(made, row, rows, stays)
+        for j in [j for kind, j in list(total) if kind == "X" and not stays[j]]:
+            _add(total, total.pop(("X", j)), gone[j])
+        if stays[made]:
+            out.append(_raw(plan, total, row))
+        else:
+            gone[made] = total
+    new = {k: i for i, k in enumerate(k for k, stay in enumerate(stays) if stay)}
+    renumbered = tuple(
+        Row(
+            {new[j]: c for j, c in row.a.items()},
+            {new[j]: c for j, c in row.b.items()},
+            row.order,
+            row.exact,
+        )
+        for row in out
+    )
+    return Plan(
+        tuple(plan.levels[k] for k in new),
+        renumbered,
+        tuple(plan.calls[k] for k in new),
+        plan.integer_times,
+        plan.prior_std,
+        {**plan.about, "fused": "yes"},
+        plan.given,
+        tuple(new[k] for k in plan.keep),
+        plan.basis,
+        raw=True,
+    )
+
+
+def _from_newest(made: int, row: Row, rows: Mapping[int, Row], stays: list[bool]) -> _Terms:
+    """A row that starts from an older state, rewritten to start from the newest that stays."""
+    total = _terms(row)
+    newest = max(k for k in range(made) if stays[k])
+    if newest not in rows:
+        return total
+    shared = [j for j in row.a if j in rows[newest].a]
+    shared = [j for j in shared if not stays[j]] or shared
+    if len(shared) != 1 or np.any(np.asarray(rows[newest].a[shared[0]]) == 0):
+        return total
+    factor = row.a[shared[0]] / rows[newest].a[shared[0]]
+    _add(total, factor, {("X", newest): 1.0})
+    _add(total, -factor, _terms(rows[newest]))
+    del total["X", shared[0]]
+    return total
+
+
+def _raw(plan: Plan, total: _Terms, row: Row) -> Row:
+    a: dict[int, Any] = {}
+    b: dict[int, Any] = {}
+    size: dict[int, Any] = {}
+    for (kind, j), c in total.items():
+        if kind == "X":
+            a[j] = a.get(j, 0.0) + c
+            size[j] = size.get(j, 0.0) + np.abs(c)
+        else:
+            call = plan.calls[j]
+            assert call is not None  # checked when the plan was made
+            b[j] = c * call.q
+            a[j] = a.get(j, 0.0) + c * call.p
+            size[j] = size.get(j, 0.0) + np.abs(c * call.p)
+    # What cancels (noise-form rows on a network that predicts noise) is left at rounding.
+    a = {j: c for j, c in a.items() if np.any(np.abs(c) > 1e-14 * size[j])}
+    return Row(a, {j: c for j, c in b.items() if np.any(c != 0)}, row.order, row.exact)
+
+
+def inverse(plan: Plan) -> Plan:
+    """The rows solved for their oldest states, from the end: exact inversion.
+
+    From the states that are known, and the network at them, a row with one unknown state gives that
+    state. Methods that carry two states (BDIA, EDICT) get back to their start in this way;
+    multistep and Runge-Kutta methods do not, since their oldest state enters through the network.
+    """
+    if plan.raw:
+        raise ValueError("plan: a fused plan cannot be inverted; invert it unfused")
+    last = len(plan.levels) - 1
+    where = {k: i for i, k in enumerate((last, *plan.keep))}  # known states, in order
+    rows: list[Row] = []
+    todo = dict(reversed(list(_rows(plan))))
+    while not all(k in where for k in range(plan.given)):
+        for made, row in todo.items():
+            unknown = {j for j in (made, *row.a, *row.b) if j not in where}
+            if len(unknown) == 1 and unknown.isdisjoint((made, *row.b)):
+                break
+        else:
+            name = plan.about.get("solver", "this plan")
+            raise ValueError(
+                f"plan: {name} is not reversible: no row gives a state before t = "
+                f"{plan.levels[min(where)].t:g} without the network there; reversible solvers say "
+                "so (`reversible`), or approximate with upward=True"
+            )
+        (j,) = unknown
+        c = row.a[j]
+        a = {where[i]: -v / c for i, v in row.a.items() if i != j}
+        a[where[made]] = a.get(where[made], 0.0) + 1.0 / c
+        b = {where[i]: -v / c for i, v in row.b.items()}
+        rows.append(Row(a, b, row.order, row.exact))
+        where[j] = len(where)
+        del todo[made]
+    used = {i for row in rows for i in row.b}
+    calls: list[Call | None] = [plan.calls[k] if where[k] in used else None for k in where]
+    ends = [where[k] for k in range(plan.given)]
+    return Plan(
+        tuple(plan.levels[k] for k in where),
+        tuple(rows),
+        tuple(calls),
+        plan.integer_times,
+        1.0,
+        {**plan.about, "direction": "upward, exact inverse"},
+        1 + len(plan.keep),
+        tuple(sorted(set(ends) - {len(where) - 1})),
+        plan.basis,
+    )

@@ -1,0 +1,122 @@
+"""Algebra on plans, for every registered solver: canonical form, fusion, upward runs, inversion."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+import fewstep as fs
+from problems import Mixture, network_for, run
+
+SOLVERS = list(fs.solvers)
+MIXTURE = Mixture()
+#: what a network predicts, and processes
+CASES = [(fs.VP(), "noise"), (fs.EDM(), "edm"), (fs.Flow(), "flow"), (fs.Flow(), "data")]
+
+
+def final_of(model: fs.Denoiser, plan: fs.Plan, x: torch.Tensor) -> torch.Tensor:
+    return fs.sample(model, solver=plan, x=x, progress=False)
+
+
+@pytest.mark.parametrize("case", range(len(CASES)))
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_fused_is_the_same_with_one_combination_per_call(solver, case):
+    process, predicts = CASES[case]
+    model = network_for(process, predicts, MIXTURE.denoise)
+    for nfe in (1, 5, 12):
+        plan = fs.plan(solver, model, nfe)
+        fused = plan.fuse()
+        assert fused.raw
+        assert fused.nfe == nfe
+        # one row after every call: no state without one but the start and the kept and last
+        bare = [k for k, call in enumerate(fused.calls) if call is None]
+        assert set(bare) <= {*range(plan.given), *fused.keep, len(fused.levels) - 1}
+        x = torch.from_numpy(MIXTURE.start(4)) * plan.prior_std
+        want, have = final_of(model, plan, x), final_of(model, fused, x)
+        scale = max(1.0, float(want.abs().max()))
+        torch.testing.assert_close(have / scale, want / scale, rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_canonical_form(solver):
+    """Fusing, saving and the loop itself leave the table of the method as it is."""
+    process, n = fs.VP(), 6
+    plan = fs.plan(solver, process, n, predicts="noise")
+    a, b = plan.canonical()
+    modes = 0 if plan.basis is None else b.ndim - 2
+    assert (a.shape[0], b.shape[:2]) == (n + 1, (n + 1, n))
+    upper = b[np.triu_indices(n)] if not modes else np.zeros(1)
+    assert (upper == 0).all()  # evaluation k knows the answers before it only
+    for other, size in zip(plan.fuse().canonical(), (a, b), strict=True):
+        np.testing.assert_allclose(other, size, rtol=1e-9, atol=1e-10 * np.abs(size).max())
+    # the result, by the table
+    x, data = MIXTURE.start(3), []
+    for k, level in enumerate(plan.evaluations):
+        state = a[k] * x + sum(b[k, j] * d for j, d in enumerate(data))
+        data.append(MIXTURE.denoise(state, level.alpha, level.sigma))
+    table = a[n] * x + sum(b[n, j] * d for j, d in enumerate(data))
+    seen = [fs.Call(0.0, 1.0, 1.0, 0.0, plan.asked(k)) for k in range(len(plan.levels))]
+    model = network_for(process, "noise", MIXTURE.denoise)
+    assert len(seen) == len(plan.levels)
+    want = final_of(model, fs.plan(solver, model, n), torch.from_numpy(x))
+    np.testing.assert_allclose(want.numpy(), table, rtol=1e-8, atol=1e-9)
+
+
+def test_fused_rows_keep_no_more_than_they_need():
+    """UniPC fused: no corrected states, one state and the outputs, whatever the length."""
+    plan = fs.plan("unipc_2", fs.VP(), 20, grid="lambda", predicts="data").fuse()
+    assert len(plan.levels) == 21
+    for row in plan.rows:
+        assert len(row.a) <= 1
+        assert len(row.b) <= 4
+    # a noise-form method on a network that predicts noise needs no older states either
+    plan = fs.plan("noise_ab3", fs.VP(), 20, grid="lambda", predicts="noise").fuse()
+    assert all(len(row.a) <= 1 and len(row.b) <= 3 for row in plan.rows)
+
+
+def test_fused_plans_save_and_are_checked(tmp_path):
+    plan = fs.plan("unipc_2", fs.VP(), 6, predicts="v").fuse()
+    plan.save(tmp_path / "plan")
+    again = fs.Plan.load(tmp_path / "plan")
+    assert again == plan
+    assert again.raw
+    bent = dict(plan.rows[2].b)
+    bent[2] *= 1.001
+    rows = (*plan.rows[:2], fs.Row(plan.rows[2].a, bent, 2), *plan.rows[3:])
+    with pytest.raises(ValueError, match="constant data"):
+        fs.Plan(plan.levels, rows, plan.calls, raw=True)
+
+
+def test_a_fused_plan_refuses_hooks_and_inversion():
+    plan = fs.plan("ddim", fs.VP(), 3, predicts="noise").fuse()
+    state = plan.start(torch.zeros(2, 3))
+    with pytest.raises(ValueError, match="hook: a fused plan"):
+        state.advance(torch.zeros(2, 3), lambda d, level: d)
+    with pytest.raises(ValueError, match="fused plan cannot be inverted"):
+        plan.inverse()
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_upward_and_back(solver):
+    """Data to noise and back converges to the start: the ODE in the other direction."""
+    process = fs.VP()
+    x = MIXTURE.means[0] + 0.1 * MIXTURE.start(4)
+    gaps = []
+    for n in (40, 160):
+        up = fs.plan(solver, process, n, grid="lambda", upward=True)
+        assert up.nfe == n
+        assert (up.times[0], up.times[-1]) == (process.t_end, process.t_start)
+        down = fs.plan(solver, process, n, grid="lambda", final="min")
+        noise = run(up, MIXTURE.denoise, x)
+        gaps.append(float(np.abs(run(down, MIXTURE.denoise, noise) - x).max()))
+    assert gaps[1] < 0.6 * gaps[0] or gaps[1] < 1e-6, gaps
+    assert gaps[1] < 0.05
+
+
+def test_only_reversible_plans_have_an_inverse():
+    for name, solver in fs.solvers.items():
+        plan = fs.plan(name, fs.VP(), 6, final="min")
+        if not getattr(solver, "reversible", False):
+            with pytest.raises(ValueError, match="is not reversible"):
+                plan.inverse()
