@@ -284,6 +284,13 @@ class Plan:
 
         return fuse(self)
 
+    @cached_property
+    def cheapest(self) -> Plan:
+        """This plan in the form whose run moves the least memory: what `sample` runs."""
+        from ._transform import cheapest
+
+        return cheapest(self)
+
     def inverse(self) -> Plan:
         """The plan that undoes this one exactly, from the states it hands over at its end."""
         from ._transform import inverse
@@ -524,11 +531,13 @@ class State:
         elif hook is not None:
             raise ValueError("hook: a fused plan has no data predictions; use the plan unfused")
         else:
-            check_output(output, self.states[i] if plan.basis is None else self.x)
+            x = self.x
+            check_output(output, x)
             value = output
-            if plan.basis is not None:
-                alpha = plan.levels[i].alpha
-                value = plan._modes(output.to(self.x.dtype), (1 - call.p * alpha) / call.q)
+            # An answer in half precision that several rows need is widened once, not by each.
+            if plan.basis is not None or plan._last_use[1].get(i, 0) > i + 1:
+                value = output.to(x.dtype)
+            value = plan._modes(value, (1 - call.p * plan.levels[i].alpha) / call.q)
         return plan._walk(dict(self.states), {**self.outputs, i: value}, i)
 
 

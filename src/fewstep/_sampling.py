@@ -182,8 +182,9 @@ def steps(
     """`sample`, one record per network evaluation: preview, stop early (just stop iterating), or
     keep `record.state` and go on later. Arguments are checked before the first `next`."""
     run = _compile(model, solver, nfe, grid, final, start, upward)
-    state = _begin(run, shape, seed, first, x, model.device if device is None else device, dtype)
     _check_hook(hook, run)
+    run = run if hook is not None else run.cheapest
+    state = _begin(run, shape, seed, first, x, model.device if device is None else device, dtype)
 
     def records() -> Iterator[Record]:
         before, watch = state, _Watch(run)
@@ -354,8 +355,9 @@ def sample(
     progress: a bar, shown only once the run has taken a second.
     """
     run = _compile(model, solver, nfe, grid, final, start, upward)
-    state = _begin(run, shape, seed, first, x, model.device if device is None else device, dtype)
     _check_hook(hook, run)
+    run = run if hook is not None else run.cheapest
+    state = _begin(run, shape, seed, first, x, model.device if device is None else device, dtype)
     with tqdm(total=run.nfe, unit="NFE", delay=1.0, leave=False, disable=not progress) as bar:
         watch = _Watch(run)
         while not state.done:

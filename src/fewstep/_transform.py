@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -10,7 +12,7 @@ import numpy as np
 from ._plan import Call, Plan, Row
 from ._process import Array
 
-__all__ = ["canonical", "fuse", "inverse"]
+__all__ = ["canonical", "cheapest", "fuse", "inverse"]
 
 #: ("X", j) or ("D", j)
 _Symbol = tuple[str, int]
@@ -51,8 +53,33 @@ def canonical(plan: Plan) -> tuple[Array, Array]:
     return (a[:, 0] if plan.given == 1 else a), table([("D", j) for j in asked])
 
 
-def fuse(plan: Plan) -> Plan:
-    """States that are never asked about are eliminated, and D = p x + q out is folded into rows.
+def cheapest(plan: Plan) -> Plan:
+    """Of the equal forms of a plan the one whose run moves the least memory.
+
+    Folding D = p x + q out into rows saves a pass where the network predicts what the solver
+    interpolates. Elsewhere every past D becomes a past state and a past output, and from order 3 on
+    that is more to read than D is to make: then only the states that are never asked about go.
+    """
+    if plan.raw:
+        return plan
+    return min((fuse(plan), fuse(plan, outputs=False), plan), key=_traffic)
+
+
+def _traffic(plan: Plan) -> int:
+    """Tensors read and written by a run, with kernels that add one tensor at a time."""
+
+    def cost(terms: int) -> int:
+        return 2 if terms == 1 else 3 * (terms - 1)
+
+    total = sum(cost(len(row.a) + len(row.b)) for row in plan.rows)
+    if not plan.raw:
+        total += sum(cost((c.p != 0) + 1) for c in plan.calls if c and (c.p, c.q) != (0, 1))
+    return total
+
+
+def fuse(plan: Plan, outputs: bool = True) -> Plan:
+    """States that are never asked about are eliminated, and (with `outputs`) D = p x + q out is
+    folded into rows.
 
     A corrected state u and the predicted state e of the same step start from the same state w:
     u = (u/e coefficient of w) e + data predictions, so that no older state has to be kept.
@@ -74,7 +101,7 @@ def fuse(plan: Plan) -> Plan:
         for j in [j for kind, j in list(total) if kind == "X" and not stays[j]]:
             _add(total, total.pop(("X", j)), gone[j])
         if stays[made]:
-            out.append(_raw(plan, total, row))
+            out.append(_raw(plan, total, row) if outputs else _plain(total, row))
         else:
             gone[made] = total
     new = {k: i for i, k in enumerate(k for k, stay in enumerate(stays) if stay)}
@@ -97,8 +124,14 @@ def fuse(plan: Plan) -> Plan:
         plan.given,
         tuple(new[k] for k in plan.keep),
         plan.basis,
-        raw=True,
+        raw=outputs,
     )
+
+
+def _plain(total: _Terms, row: Row) -> Row:
+    a = {j: c for (kind, j), c in total.items() if kind == "X" and np.any(c != 0)}
+    b = {j: c for (kind, j), c in total.items() if kind == "D" and np.any(c != 0)}
+    return Row(a, b, row.order, row.exact)
 
 
 def _from_newest(made: int, row: Row, rows: Mapping[int, Row], stays: list[bool]) -> _Terms:
@@ -141,8 +174,12 @@ def inverse(plan: Plan) -> Plan:
     """The rows solved for their oldest states, from the end: exact inversion.
 
     From the states that are known, and the network at them, a row with one unknown state gives that
-    state. Methods that carry two states (BDIA, EDICT) get back to their start in this way;
-    multistep and Runge-Kutta methods do not, since their oldest state enters through the network.
+    state; rows that make a state from known ones (probes) are taken as they are. Methods that carry
+    two states (BDIA, EDICT) get back to their start in this way; multistep and Runge-Kutta methods
+    do not, since their oldest state enters through the network.
+
+    The result hands over as many states as it starts from, and its own inverse goes the way of
+    `plan` again, from those.
     """
     if plan.raw:
         raise ValueError("plan: a fused plan cannot be inverted; invert it unfused")
@@ -150,30 +187,34 @@ def inverse(plan: Plan) -> Plan:
     where = {k: i for i, k in enumerate((last, *plan.keep))}  # known states, in order
     rows: list[Row] = []
     todo = dict(reversed(list(_rows(plan))))
+    name = plan.about.get("solver", "this plan")
     while not all(k in where for k in range(plan.given)):
         for made, row in todo.items():
             unknown = {j for j in (made, *row.a, *row.b) if j not in where}
-            if len(unknown) == 1 and unknown.isdisjoint((made, *row.b)):
+            if unknown == {made} or (len(unknown) == 1 and unknown.isdisjoint((made, *row.b))):
                 break
         else:
-            name = plan.about.get("solver", "this plan")
             raise ValueError(
                 f"plan: {name} is not reversible: no row gives a state before t = "
                 f"{plan.levels[min(where)].t:g} without the network there; reversible solvers say "
                 "so (`reversible`), or approximate with upward=True"
             )
         (j,) = unknown
-        c = row.a[j]
-        a = {where[i]: -v / c for i, v in row.a.items() if i != j}
-        a[where[made]] = a.get(where[made], 0.0) + 1.0 / c
-        b = {where[i]: -v / c for i, v in row.b.items()}
+        a, b = ({where[i]: v for i, v in c.items() if i in where} for c in (row.a, row.b))
+        if j != made:
+            c = row.a[j]
+            a, b = ({i: -v / c for i, v in terms.items()} for terms in (a, b))
+            a[where[made]] = a.get(where[made], 0.0) + 1.0 / c
         rows.append(Row(a, b, row.order, row.exact))
         where[j] = len(where)
         del todo[made]
+    if not rows:
+        raise ValueError(f"plan: {name} hands over all that it starts from; nothing to invert")
     used = {i for row in rows for i in row.b}
     calls: list[Call | None] = [plan.calls[k] if where[k] in used else None for k in where]
-    ends = [where[k] for k in range(plan.given)]
-    return Plan(
+    made_here = [k for k, _ in _rows(plan) if k not in todo]  # by the rows that were used
+    ends = [i for k, i in where.items() if k not in made_here]
+    out = Plan(
         tuple(plan.levels[k] for k in where),
         tuple(rows),
         tuple(calls),
@@ -184,3 +225,20 @@ def inverse(plan: Plan) -> Plan:
         tuple(sorted(set(ends) - {len(where) - 1})),
         plan.basis,
     )
+    about = {**out.about, "amplifies rounding": f"{_amplification(out):.2g} times"}
+    return replace(out, about=about)
+
+
+def _amplification(plan: Plan) -> float:
+    """How much a relative error of any state grows on its way to the last, with the network's noise
+    predictions held fixed."""
+    gain: dict[int, Any] = {len(plan.levels) - 1: 1.0}
+    for made, row in reversed(list(_rows(plan))):
+        g = gain.get(made, 0.0)
+        for j, c in row.a.items():
+            gain[j] = gain.get(j, 0.0) + g * c
+        for j, c in row.b.items():
+            if alpha := plan.asked(j).alpha:
+                gain[j] = gain.get(j, 0.0) + g * c / alpha
+    size = [math.hypot(level.alpha, level.sigma) for level in plan.levels]
+    return max(float(np.max(np.abs(g))) * size[j] / size[-1] for j, g in gain.items())
