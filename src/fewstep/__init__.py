@@ -12,7 +12,9 @@ answers are known, `fs.models` the bundled networks.
 
 from . import exact, models
 from ._denoiser import Denoiser, Guided, Model
-from ._grids import Grid, beta, grids, karras, power, softened
+from ._grid_search import CostGrid, dmn, gits
+from ._grid_tables import NodeList, node_lists
+from ._grids import Grid, arctan, beta, grids, karras, power, replaced, shifted, softened, tabulated
 from ._noise import start_noise
 from ._plan import Call, Hook, Plan, Row, State
 from ._prediction import Prediction, convert, edm, predictions
@@ -31,6 +33,7 @@ __all__ = [
     "VP",
     "Call",
     "CosineVP",
+    "CostGrid",
     "Custom",
     "Denoiser",
     "DiscreteVP",
@@ -43,6 +46,7 @@ __all__ = [
     "Level",
     "Model",
     "Multistep",
+    "NodeList",
     "Plan",
     "Prediction",
     "Process",
@@ -52,21 +56,28 @@ __all__ = [
     "State",
     "__version__",
     "add_noise",
+    "arctan",
     "beta",
     "convert",
+    "dmn",
     "edm",
     "exact",
     "exponential",
+    "gits",
     "grids",
     "karras",
     "models",
+    "node_lists",
     "plan",
     "power",
     "predictions",
+    "replaced",
     "sample",
+    "shifted",
     "softened",
     "solvers",
     "start_noise",
     "steps",
+    "tabulated",
     "weights",
 ]
