@@ -115,26 +115,11 @@ def extras() -> list[fs.Solver]:
     ]
 
 
-def replaced(name: str) -> fs.Grid:
-    """A grid of the library laid out to t_end, with t_end itself moved to sigma = 0: no evaluation
-    is spent at t_end."""
-
-    def place(process: fs.Process, steps: int, final: str) -> np.ndarray:
-        t = fs.grids[name].place(process, steps, "min")
-        if final == "zero":
-            t[-1] = math.nan if process.t_clean is None else process.t_clean
-        return t
-
-    return fs.Grid(f"*{name} replaced", place)
-
-
 def extra_grids() -> list[fs.Grid]:
     """Grids that are not in `fewstep.grids`."""
     scales = [(s, p) for s in (1.0, 2.0, 3.0, 4.0) for p in (1.5, 2.0, 2.5, 3.0)]
     return [
         *(fs.softened(*pair) for pair in scales),
-        replaced("lambda"),
-        replaced("karras"),
         fs.karras(3.0),
     ]
 
@@ -258,7 +243,7 @@ def run(plans: Sequence[fs.Plan], denoise: Denoise, start: Tensor) -> list[Tenso
         keys = [tuple(text[: s.index]) for text, s in zip(texts, states, strict=True)]
         order = dict.fromkeys(keys)
         batch = torch.cat([states[keys.index(key)].x for key in order])
-        level = states[0].level
+        level = plans[0].asked(states[0].index)
         with torch.no_grad():
             outputs = denoise(batch, level.alpha, level.sigma).split(len(start))
         by_key = dict(zip(order, outputs, strict=True))
@@ -278,7 +263,8 @@ class Choice:
         """Solvers and grids; a grid that is a copy of another is left out."""
         solvers = [s for s in fs.solvers.values() if not (s.stochastic or s.adaptive)]
         solvers = [s for s in solvers if not s.needs_calibration] + extras() * self.extras
-        grids = [g for name, g in fs.grids.items() if name != "exponential"]
+        # "exponential" and "edm" are copies of "lambda" and "karras" here
+        grids = [g for name, g in fs.grids.items() if name not in ("exponential", "edm")]
         grids += extra_grids() * self.extras
         return (
             [s for s in solvers if not self.solvers or s.name in self.solvers],
@@ -311,7 +297,9 @@ def solve_problem(name: str, nfes: Sequence[int], choice: Choice) -> list[Result
                         results.append(Result(*about, math.inf, math.inf, reason))
                         continue
                     evaluated = tuple(call is not None for call in plan.calls)
-                    groups[tuple(plan.times), evaluated].append((solver.name, plan))
+                    groups[tuple(plan.times), evaluated, plan.evaluations].append(
+                        (solver.name, plan)
+                    )
                 for members in groups.values():
                     samples = run([plan for _, plan in members], denoise, start)
                     for (solver_name, _), x in zip(members, samples, strict=True):

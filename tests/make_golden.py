@@ -3,9 +3,9 @@
     python tests/make_golden.py SOURCE [--rows FILE]
 
 SOURCE is a folder with manifest.json, problems.npz and <implementation>.npz: final states that the
-official implementations reach on exact Gaussian mixtures, computed in float64. Kept are the cases
-whose method fewstep has, with the first samples only. The rest is counted by reason, so that the
-tests can say what they do not cover. FILE holds single rows in several forms; those that fewstep
+official implementations reach on exact Gaussian mixtures, computed in float64. Kept are the first
+samples of every case but a few, which are counted by reason, so that the tests can say what they do
+not cover. FILE holds single rows in several forms; those that fewstep
 has are kept.
 """
 
@@ -25,20 +25,17 @@ SAMPLES = {"G1": 16, "G2": 4}
 DROPPED = {
     "scheduler",
     "sampler",
-    "alpha",
-    "rho",
     "epsilon_s",
     "C_1",
     "C_2",
     "M",
     "S_churn",
-    "dc_order",
-    "dc_ratios",
     "ratio_source",
+    "search",
     "tau_func",
     "quadrature",
-    "orders",
     "nfe",
+    "nfe_reported",
     "ddim_eta",
     "eta",
     "deis_mode",
@@ -46,7 +43,6 @@ DROPPED = {
     "dtype",
     "time_grid",
     "rk_method",
-    "solver",
     "timesteps",
     "num_step",
     "num_steps",
@@ -56,62 +52,17 @@ DROPPED = {
     "n",
 }
 
-#: Methods that fewstep has, by implementation.
-KEPT = {
-    "bdia": r"bdia_ddim_g0\.0",
-    "dc_solver": r".*_ones",
-    "dc_solver_diffusers": r".*_ones",
-    "deis": r"tab\d|rhoab\d|rhork_1euler",
-    "diff_solvers": r"euler|dpm_pp_.*|deis_.*|unipc_.*",
-    "diffusers_ddim": r"ddim_.*",
-    "diffusers_deis_multistep": r".*",
-    "diffusers_dpmsolver_multistep": r".*",
-    "diffusers_dpmsolver_singlestep": r".*_1s",
-    "diffusers_edm_dpmsolver_multistep": r".*",
-    "diffusers_edm_euler": r".*",
-    "diffusers_euler_discrete": r".*",
-    "diffusers_flow_match_euler_discrete": r".*",
-    "diffusers_lms_discrete": r".*",
-    "diffusers_sasolver": r".*sa_(p1c2|p2c3|p3c4).*",
-    "diffusers_unipc_multistep": r".*",
-    "dpm_solver": r".*_multistep_\d|.*_singlestep_1",
-    "edm_dpm_solver": r".*_multistep_\d",
-    "edm_unipc": r"unipc_(1_vary_coeff|\d_bh\d)_.*",
-    "flow_matching": r"euler",
-    "k_diffusion": r"euler|lms_\d|dpmpp_2m|dpmpp_2m_sde_.*|dpmpp_3m_sde",
-    "nvlabs_edm": r"ablation_euler",
-    "unipc": r"unipc_(1_vary_coeff|\d_bh\d)_.*",
-}
-
-#: Why the others are not: the first pattern that matches "implementation:method".
+#: Why some are not kept: the first pattern that matches "implementation:method".
 MISSING = (
-    (r".*adaptive.*|flow_matching:(dopri5|bosh3)", "adaptive steps"),
-    (r"dc_solver.*", "compensated history (DC-Solver)"),
-    (r"dpm_solver_v3:.*", "tabulated linear part (DPM-Solver-v3)"),
-    (r".*unipc:.*vary_coeff.*", "UniPC vary_coeff, order 2 and 3: drops terms, first order"),
-    (r"diffusers_sasolver:.*", "SA-Solver, corrector not one order above the predictor"),
-    (r"bdia:.*", "bidirectional steps (BDIA, gamma > 0)"),
-    (r".*:(ipndm.*|plms|pndm.*)", "fixed Adams numbers (PNDM, iPNDM)"),
-    (r".*:.*(singlestep|_[23]s$|dpm_fast|dpm_2|dpmpp_2s|dpmpp_sde).*", "several stages per step"),
-    (r".*:.*(heun|rhork|rk4|midpoint).*", "several stages per step"),
+    (r"dpm_solver_v3:.*", "needs statistics of the network (DPM-Solver-v3)"),
+    (r"flow_matching:(dopri5|bosh3)", "adaptive Runge-Kutta of a general ODE package"),
 )
 
 
 def left_out(case: dict) -> str | None:
     """Why a case is not kept, or None if it is."""
-    name, method, args = case["impl"], case["method"], case["args"]
-    if not re.fullmatch(KEPT.get(name, r"(?!)"), method):
-        return next(why for pattern, why in MISSING if re.fullmatch(pattern, f"{name}:{method}"))
-    if (
-        args.get("dynamic_thresholding")
-        or args.get("thresholding")
-        or args.get("correcting_x0_fn")
-        or args.get("clip_sample")
-    ):
-        return "thresholded or clipped data predictions"
-    if name == "nvlabs_edm" and (args["schedule"], args["scaling"]) != ("linear", "none"):
-        return "Euler in a clock or a scaling in which it is not DDIM"
-    return None
+    label = f"{case['impl']}:{case['method']}"
+    return next((why for pattern, why in MISSING if re.fullmatch(pattern, label)), None)
 
 
 def short(value: object) -> object:
@@ -119,12 +70,19 @@ def short(value: object) -> object:
     return "all" if isinstance(value, list) and len(value) >= 50 else value
 
 
-def boundaries(case: dict, grids: dict, lists: dict) -> list[float]:
-    """lambda at the ends of the steps (DDIM of diffusers: where the network is called)."""
+def boundaries(case: dict, manifest: dict) -> list[float]:
+    """lambda at the ends of the steps. Adaptive steps: start and end. DDIM and PNDM of diffusers:
+    where the network is called."""
     if "grid" in case:
-        return [float(v) for v in grids[case["grid"]]["lam"]]
-    lam = [float(v) for v in lists[case["evals"]]]
-    return [*lam, math.inf] if case["impl"] == "nvlabs_edm" else lam
+        return [float(v) for v in manifest["grids"][case["grid"]]["lam"]]
+    if "adaptive" in case["method"]:
+        reference = manifest["references"][case["ref"]]
+        ends = float(reference["rho_start"]), float(reference["rho_end"])
+        return [-math.log(rho) for rho in ends]
+    lam = [float(v) for v in manifest["lists"][case["evals"]]]
+    if case["impl"] == "nvlabs_edm":  # Heun evaluates in between, but for its last step
+        return [*(lam[::2] if case["method"] == "ablation_heun" else lam), math.inf]
+    return lam
 
 
 #: Names of rows in FILE, and "kind form variable" in the tests.
@@ -173,11 +131,12 @@ def main() -> None:
     manifest = json.loads((options.source / "manifest.json").read_text())
     problems = np.load(options.source / "problems.npz")
     arrays: dict[str, np.ndarray] = {}
-    for p, count in SAMPLES.items():
+    for p in SAMPLES:
         for key in ("w", "mu", "cov", "check_x", "check_alpha_sigma", "check_D", "check_eps"):
             arrays[f"{p}_{key}"] = problems[f"{p}_{key}"]
-        arrays[f"{p}_z"] = problems[f"{p}_z"][:count]
+        arrays[f"{p}_z"] = problems[f"{p}_z"]  # all: adaptive steps depend on the whole batch
 
+    results: dict[str, dict[str, np.ndarray]] = {}
     finals: dict[str, list[np.ndarray]] = {p: [] for p in SAMPLES}
     rows: dict[str, list] = {"lists": [], "args": []}
     known: dict[str, dict[str, int]] = {"lists": {}, "args": {}}
@@ -198,20 +157,24 @@ def main() -> None:
             skipped[name][reason] += 1
             continue
         p = case["problem"]
-        stored = np.load(options.source / f"{name}.npz", mmap_mode="r")[case["array"]]
+        if name not in results:
+            with np.load(options.source / f"{name}.npz") as file:
+                results[name] = {key: file[key] for key in file.files}
+        stored = results[name][case["array"]]
         reference = manifest["references"][case["ref"]]
         if reference["start_coord"] == "ve":
             start = ["ve", float(reference["scale"])]
         else:
             start = ["vp", float(reference["scale"])]
-        lam = boundaries(case, manifest["grids"], manifest["lists"])
+        lam = boundaries(case, manifest)
         kept = {
             "id": case["id"],
             "p": p,
             "row": len(finals[p]),
             "process": case["process"],
             "method": case["method"],
-            "steps": case["steps"],
+            "steps": case.get("steps", 0),  # 0: adaptive
+            "nfe": case["nfe"],
             "args": index("args", {k: short(v) for k, v in args.items() if k not in DROPPED}),
             "lam": index("lists", lam),
             "start": index("args", start),
@@ -222,11 +185,13 @@ def main() -> None:
         timed = name == "deis" or (
             name in ("dpm_solver", "unipc", "dc_solver") and case["process"] == "vplin"
         )
-        if timed and "t" in manifest["grids"][case["grid"]]:
+        if timed and "grid" in case and "t" in manifest["grids"][case["grid"]]:
             kept["t"] = index("lists", manifest["grids"][case["grid"]]["t"])
         if case.get("model_eval") == "timestep":
             kept["timesteps"] = index("lists", manifest["lists"][case["timesteps"]])
             kept["evals"] = index("lists", manifest["lists"][case["evals"]])
+        elif case.get("evals", "grid") != "grid":
+            kept["asked"] = index("lists", [float(v) for v in manifest["lists"][case["evals"]]])
         if "exact_quadrature_max_abs_diff" in case:
             kept["quadrature"] = case["exact_quadrature_max_abs_diff"]
         cases.append(kept)

@@ -66,7 +66,7 @@ def run(plan: fs.Plan, denoise, x: np.ndarray) -> np.ndarray:
     """A plan by its definition, in numpy: what the real loop must agree with."""
     states, data = {0: x}, {}
     for i, row in enumerate(plan.rows):
-        level = plan.levels[i]
+        level = plan.asked(i)
         if plan.calls[i] is not None:
             data[i] = denoise(states[i], level.alpha, level.sigma)
         states[i + 1] = sum(c * states[j] for j, c in row.a.items()) + sum(

@@ -82,7 +82,7 @@ def test_help(command):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        ("sample -s dpmpp_2n", "did you mean 'dpmpp_2m'"),
+        ("sample -s dpmp_2m", "did you mean 'dpmpp_2m'"),
         ("sample -n 0", "nfe = 0"),
         ("sample -g karas", "did you mean 'karras'"),
         ("sample --class 12", "class = 12; digits has the classes 0 to 9"),

@@ -8,6 +8,8 @@ from __future__ import annotations
 import functools
 import itertools
 import math
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -58,24 +60,32 @@ def error(solver: str, process: fs.Process, n: int, spacing: str) -> float:
     def denoise(x: torch.Tensor, level: fs.Level) -> torch.Tensor:
         return torch.from_numpy(MIXTURE.denoise(x.numpy(), level.alpha, level.sigma))
 
-    begin = next(i for i, v in enumerate(levels) if v.t == times[HISTORY])
+    # the last state at a node: the ones before it there are inner states or predicted ones
+    begin, end = (
+        max(i for i, v in enumerate(levels) if v.t == times[k]) for k in (HISTORY, HISTORY + n)
+    )
+    plan = replace(plan, keep=(end,))  # a state that nothing later needs is measured too
     before = [i for i in range(begin + 1) if levels[i].t in node]
     states = {i: y[node[levels[i].t]] * levels[i].alpha for i in before}
-    outputs = {i: denoise(states[i], levels[i]) for i in before[:-1] if plan.calls[i]}
-    state = fs.State(plan, begin, states, outputs)
-    while state.level.t != times[HISTORY + n] or plan.asked(state.index) != state.level:
+    outputs = {i: denoise(states[i], plan.asked(i)) for i in before if i < begin and plan.calls[i]}
+    if plan.calls[begin] is None:
+        state = plan._walk(states, outputs, begin)
+    else:
+        state = fs.State(plan, begin, states, outputs)
+    while state.index < end:
         state = state.advance(denoise(state.query()[0], plan.asked(state.index)))
-    return float((state.x / state.level.alpha - y[-1]).square().mean().sqrt())
+    return float((state.states[end] / levels[end].alpha - y[-1]).square().mean().sqrt())
 
 
 @pytest.mark.parametrize("spacing", SPACINGS)
 @pytest.mark.parametrize("name", ORDER_PROCESSES)
 @pytest.mark.parametrize("solver", SOLVERS)
 def test_measured_order_is_the_declared_one(solver, name, spacing):
-    sizes = np.array([160, 320, 640])
+    entry = fs.solvers[solver]
+    # higher orders reach the rounding of the reference sooner
+    sizes = np.array([40, 80, 160]) * (4 if entry.order < 4 else 3 if entry.order == 4 else 1)
     errors = [error(solver, ORDER_PROCESSES[name], n, spacing) for n in sizes]
     slope = -np.polyfit(np.log(sizes), np.log(errors), 1)[0]
-    entry = fs.solvers[solver]
     declared = (entry.smooth_order if spacing == "uniform" else 0) or entry.order
     assert slope == pytest.approx(declared, abs=0.2), errors
 
@@ -116,8 +126,9 @@ def test_any_order_in_any_variable(form, order):
 
 # -- the ends ------------------------------------------------------------------------------------
 
-NFES = [*range(1, 13), 15, 20, 50]
-FAST_NFES = [1, 2, 3, 5, 8, 12, 50]
+#: Budgets and ends: all of them in the slow test; in the fast one every process and grid takes two
+#: of these for each solver, in turn, so that each solver meets all of them many times.
+CASES = list(itertools.product([1, 2, 3, 4, 5, 7, 10, 14, 50], ("zero", "min")))
 #: No solver may be worse than first order on the same nodes by more than this, on any process,
 #: grid and budget: 10 with the guard against amplification, 20 for published forms without it.
 WORST, WORST_AS_PUBLISHED = 10.0, 20.0
@@ -134,18 +145,24 @@ def reference(start: fs.Level, end: fs.Level) -> np.ndarray:
     return run(plan, MIXTURE.denoise, z * t0) * (end.alpha + end.sigma)
 
 
-def try_all(name: str, grid: str, nfes: list[int]) -> int:
-    """All solvers, budgets and both ends on one process and grid. Returns how many ran."""
-    process, ran, refused = PROCESSES[name], 0, []
-    for final, nfe in itertools.product(("zero", "min"), nfes):
-        first_order = math.nan
-        for solver in ["ddim", *(s for s in SOLVERS if s != "ddim")]:
+def try_all(name: str, grid: str, cases: Mapping[str, Sequence[tuple[int, str]]]) -> list[str]:
+    """Solvers on one process and grid, each with its budgets and ends. Returns the fragile solvers
+    that were found to be so."""
+    process, fragile = PROCESSES[name], []
+    allowed = functools.cache(functools.partial(fits, process, grid))
+    first_order: dict[tuple[int, str], float] = {}
+    for solver in ["ddim", *(s for s in SOLVERS if s != "ddim")]:
+        entry = fs.solvers[solver]
+        for nfe, final in CASES if solver == "ddim" else cases[solver]:
+            where = (solver, final, nfe)
             try:
                 plan = fs.plan(solver, process, nfe, grid=grid, final=final)
             except ValueError as error:
-                refused.append(str(error))
+                reason = str(error)
+                assert reason.startswith(("grid", "final", "nfe")), where
+                # only for want of nodes: what a solver does with them is no reason to refuse
+                assert not allowed(entry.steps(nfe, final == "zero"), final), (where, reason)
                 continue
-            where = (solver, final, nfe)
             assert plan.nfe == nfe, where
             end = process.t_clean if final == "zero" else process.t_end
             assert plan.times[-1] == end, where
@@ -155,17 +172,22 @@ def try_all(name: str, grid: str, nfes: list[int]) -> int:
             z = MIXTURE.start(32)
             out, states = run_all(plan, z * start.sigma)
             assert np.isfinite(out).all(), where
-            for before, after in itertools.pairwise(states):
-                assert (np.abs(after - before) > 1e-12 * np.abs(before)).any(), where
+            # (Two inner states of a step may have one integer time; and where the network is asked
+            # at another level than the state's, at alpha = 0 it answers the same.)
+            apart = all(plan.asked(k) == level for k, level in enumerate(plan.levels))
+            at = [*plan.evaluations, plan.levels[-1]]
+            for k, (before, after) in enumerate(itertools.pairwise(states)):
+                moved = (np.abs(after - before) > 1e-12 * np.abs(before)).any()
+                assert moved or not apart or at[k] == at[k + 1], where
             gap = out - reference(start, plan.levels[-1])
             rms = float(np.sqrt((gap**2).mean()))
-            first_order = rms if solver == "ddim" else first_order
-            entry = fs.solvers[solver]
+            if solver == "ddim":
+                first_order[nfe, final] = rms
             worst = WORST if "amplify" in entry.ends else WORST_AS_PUBLISHED
-            assert rms <= worst * first_order or entry.fragile, (where, rms / first_order)
-            ran += 1
-    assert all(reason.startswith(("grid", "final", "nfe")) for reason in refused), refused
-    return ran
+            if not rms <= worst * first_order.get((nfe, final), math.inf):
+                assert entry.fragile, (where, rms / first_order[nfe, final])
+                fragile.append(solver)
+    return fragile
 
 
 def run_all(plan: fs.Plan, x: np.ndarray) -> tuple[np.ndarray, list[np.ndarray]]:
@@ -179,9 +201,8 @@ def run_all(plan: fs.Plan, x: np.ndarray) -> tuple[np.ndarray, list[np.ndarray]]
     return out, [*states[1:], out]
 
 
-def fits(process: fs.Process, grid: str, solver: str, nfe: int, final: str) -> bool:
-    """Whether the nodes exist: what a solver does with them must not be a reason to refuse."""
-    steps = fs.solvers[solver].steps(nfe, final == "zero")
+def fits(process: fs.Process, grid: str, steps: int, final: str) -> bool:
+    """Whether the grid has nodes for so many steps."""
     try:
         fs.plan("ddim", process, steps, grid=grid, final=final)
     except ValueError:
@@ -192,24 +213,25 @@ def fits(process: fs.Process, grid: str, solver: str, nfe: int, final: str) -> b
 @pytest.mark.parametrize("grid", fs.grids)
 @pytest.mark.parametrize("name", PROCESSES)
 def test_ends(name, grid):
-    process = PROCESSES[name]
-    ran = try_all(name, grid, FAST_NFES)
-    known: dict[tuple[int, str], bool] = {}
-    for solver, nfe, final in itertools.product(SOLVERS, FAST_NFES, ("zero", "min")):
-        key = fs.solvers[solver].steps(nfe, final == "zero"), final
-        if key not in known:
-            known[key] = fits(process, grid, solver, nfe, final)
-        ran -= known[key]
-    assert ran == 0
-    if not fs.grids[grid].discrete:
-        assert known[8, "min"]
+    turn = 7 * list(PROCESSES).index(name) + 3 * list(fs.grids).index(grid)
+    cases = {s: [CASES[(turn + i + k) % len(CASES)] for k in (0, 5)] for i, s in enumerate(SOLVERS)}
+    try_all(name, grid, cases)
+    assert fs.grids[grid].discrete or fits(PROCESSES[name], grid, 10, "min")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("grid", fs.grids)
 @pytest.mark.parametrize("name", PROCESSES)
 def test_ends_all_budgets(name, grid):
-    try_all(name, grid, NFES)
+    try_all(name, grid, dict.fromkeys(SOLVERS, CASES))
+
+
+@pytest.mark.parametrize("solver", [s for s in SOLVERS if fs.solvers[s].fragile])
+def test_fragile_is_said_of_solvers_that_are(solver):
+    """A solver that is called fragile really is far worse than first order somewhere."""
+    cases = dict.fromkeys(SOLVERS, ()) | {solver: CASES}
+    places = itertools.product(("edm", "vp", "flow"), ("karras", "softened", "uniform", "lambda"))
+    assert any(solver in try_all(name, grid, cases) for name, grid in places)
 
 
 # -- facts ---------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ One step of any solver is  sum_i c_i v_i  over states (float32 or float64) and r
 (any floating type). PyTorch has no kernel for k tensors, so the cost is made of kernels for two:
 
     same types       addr:           o = c_0 v_0 + c_1 v_1     one kernel, one new tensor
+                     (c_0 = 1: add)
     a narrower v_0   copy_, addr_:   o = v_0;  o = c_0 o + c_1 v_1
     every further v  add_(alpha=c):  o = o + c v
 
@@ -85,7 +86,13 @@ def _functional(
 def _scalars(wide: list[Term], narrow: list[Term], dtype: torch.dtype) -> Tensor:
     c, v = wide[0] if wide else narrow[0]
     small = v.numel() <= _SMALL
-    if wide and (small or not all(v.is_contiguous() for _, v in (*wide, *narrow))):
+    # In float32 this is 1 itself: Euler steps of flows, and of everything in x / alpha.
+    unit = abs(c - 1) <= (2**-25 if dtype is torch.float32 else 0)
+    if wide and unit and (len(wide) > 1 or (small and narrow)):
+        d, w = wide[1] if len(wide) > 1 else narrow.pop(0)
+        total = torch.add(v, w, alpha=d)
+        rest = wide[2:]
+    elif wide and (small or not all(v.is_contiguous() for _, v in (*wide, *narrow))):
         total = v * c
         rest = wide[1:]
     elif narrow:

@@ -170,24 +170,49 @@ def plan_command(
     shift: Annotated[
         float | None, typer.Option(help="Timestep shift of the flow process, such as 3.")
     ] = None,
+    start: Annotated[
+        str | None,
+        typer.Option(
+            help="Begin at another level: sigma=2, rho=2, lambda=-1, t=0.5 or strength=0.6."
+        ),
+    ] = None,
+    upward: Annotated[
+        bool, typer.Option("--upward", help="From data to noise: inversion.")
+    ] = False,
+    fused: Annotated[
+        bool, typer.Option("--fused", help="One linear combination after each network call.")
+    ] = False,
+    explain: Annotated[
+        bool, typer.Option("--explain", help="Formula, order, stability, sources, other names.")
+    ] = False,
+    plot: Annotated[
+        Path | None, typer.Option(help="Draw the stability regions of the steps to this picture.")
+    ] = None,
     save: Annotated[Path | None, typer.Option(help="Also write the plan to this file.")] = None,
 ) -> None:
     """Print a plan: every step's time, noise level, order and coefficients.
 
-    Example: fewstep plan dpmpp_3m --process flow --shift 3 --nfe 6
+    Example: fewstep plan dpmpp_3m --process flow --shift 3 --nfe 6 --explain
     """
+    more: dict[str, Any] = {"upward": upward, "start": _start(start)}
     if model is not None:
-        made = _plan(solver, load(model), nfe, grid, final)
+        made = _plan(solver, load(model), nfe, grid, final, **more)
     else:
         if process not in PROCESSES:
             raise ValueError(unknown("process", process, PROCESSES))
         if shift is not None and process != "flow":
             raise ValueError(f"shift = {shift} belongs to --process flow, not {process}")
         chosen = PROCESSES[process]() if shift is None else Flow(shift=shift)
-        made = _plan(solver, chosen, nfe, grid, final, predicts=predicts)
-    print(made)
+        made = _plan(solver, chosen, nfe, grid, final, predicts=predicts, **more)
+    shown = made.fuse() if fused else made
+    print(shown)
+    if explain:
+        print(f"\n{made.explain()}")
+    if plot is not None:
+        made.stability().plot(plot)
+        print(f"drawn to {plot}")
     if save is not None:
-        made.save(save)
+        shown.save(save)
         print(f"saved to {save}")
 
 
@@ -197,9 +222,11 @@ def solvers_command() -> None:
     table = Table("name", "order", "NFE per step", "ends", "source", title="Solvers")
     for name, solver in solvers.items():
         also = f"\n[dim]also {', '.join(solver.aliases)}[/dim]" if solver.aliases else ""
-        table.add_row(
-            name + also, str(solver.order), str(solver.nfe_per_step), solver.ends, solver.source
-        )
+        order = str(solver.order)
+        if solver.smooth_order:
+            order += f" ({solver.smooth_order} on smoothly graded grids)"
+        ends = f"{solver.ends}. Fragile: {solver.fragile}" if solver.fragile else solver.ends
+        table.add_row(name + also, order, str(solver.nfe_per_step), ends, solver.source)
     _console().print(table)
 
 
@@ -240,7 +267,7 @@ def run() -> None:
 
 def _console() -> Console:
     # A pipe has no width: give it one that keeps every cell on a line.
-    return Console(width=None if sys.stdout.isatty() else 240)
+    return Console(width=None if sys.stdout.isatty() else 480)
 
 
 def _plan(
@@ -263,6 +290,17 @@ def _plan(
     except ValueError:
         raise ValueError(unknown("grid", grid, grids) + ", or times such as 80,10,1,0") from None
     return plan(solver, on, nfe, grid=nodes, **more)
+
+
+def _start(text: str | None) -> dict[str, float] | None:
+    """sigma=2 as {"sigma": 2.0}; names and ranges are checked by the plan."""
+    if text is None:
+        return None
+    kind, _, value = text.partition("=")
+    try:
+        return {kind.strip(): float(value)}
+    except ValueError:
+        raise ValueError(f"start = {text}; give for example sigma=2 or strength=0.6") from None
 
 
 def _check_device(device: str) -> None:

@@ -195,9 +195,11 @@ class Guided(Model):
         return self.model.conditions * (1 if self.scale == 1 else 2)
 
     def output(self, x_in: Tensor, t_in: Tensor, level: Level, cond: Mapping[str, Any]) -> Tensor:
-        rho = np.asarray(level.rho)
-        active = (rho >= self.interval[0]) & (rho <= self.interval[1])
-        if self.scale == 1 or not active.any():
+        active: Any = None  # where guidance acts; None: everywhere
+        if self.interval != (0.0, math.inf):
+            rho = np.asarray(level.rho)
+            active = (rho >= self.interval[0]) & (rho <= self.interval[1])
+        if self.scale == 1 or (active is not None and not active.any()):
             return self.model.output(x_in, t_in, level, cond)
         unknown = sorted(set(self.uncond) - set(cond))
         if unknown:
@@ -216,7 +218,7 @@ class Guided(Model):
             axes = tuple(range(1, out.ndim))
             ratio = with_cond.std(axes, keepdim=True) / guided.std(axes, keepdim=True)
             guided = guided * (self.rescale * ratio + (1 - self.rescale))
-        if active.all():
+        if active is None or active.all():
             return guided
         mask = torch.as_tensor(active).to(x_in.device).reshape(-1, *(1 for _ in x_in.shape[1:]))
         return torch.where(mask, guided, with_cond)

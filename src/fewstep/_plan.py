@@ -28,7 +28,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -45,9 +45,11 @@ from ._denoiser import check_output
 from ._process import Array, Level
 
 if TYPE_CHECKING:
+    from ._analysis import ErrorConstant, Stability
     from ._basis import Basis
+    from ._sampling import Origin
 
-__all__ = ["Call", "Hook", "Plan", "Row", "State"]
+__all__ = ["Call", "Coefficient", "Hook", "Plan", "Row", "State"]
 
 #: A coefficient: a float, or an array that broadcasts against one sample (or its modes).
 Coefficient = float | Array
@@ -96,7 +98,7 @@ class Plan:
     about: description, kept in files and shown by `print`.
     given: states that the run starts from. keep: states, beside the last, that it hands over.
     basis: rows act on its modes. raw: rows combine network outputs, not data predictions.
-    origin: compiles the same solver for other times; lost in files. `order` needs it.
+    origin: what it was compiled from, to compile it again for other times; lost in files.
     """
 
     levels: tuple[Level, ...]
@@ -109,7 +111,7 @@ class Plan:
     keep: tuple[int, ...] = ()
     basis: Basis | None = None
     raw: bool = False
-    origin: Callable[[Sequence[float]], Plan] | None = field(default=None, repr=False)
+    origin: Origin | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         n = len(self.rows)
@@ -118,6 +120,10 @@ class Plan:
                 f"plan: {n} rows, {len(self.levels)} levels, {len(self.calls)} calls, "
                 f"{self.given} given; n >= 1 rows need n + given levels and n + given calls"
             )
+        for row in self.rows:
+            for c in (*row.a.values(), *row.b.values()):
+                if isinstance(c, np.ndarray):
+                    c.setflags(write=False)  # so that it is uploaded once, not at every step
         if self.calls[-1] is not None:
             raise ValueError("plan: the last state must not be evaluated")
         if self.integer_times:
@@ -252,31 +258,77 @@ class Plan:
 
     def _mean(self, like: Tensor) -> Tensor:
         assert self.basis is not None
-        return torch.as_tensor(self.basis.mean, dtype=like.dtype).to(like.device)
+        return self.basis.mean_like(like)
+
+    @cached_property
+    def _schedule(self) -> list[tuple[Any, Any, list[int], list[int], bool]]:
+        """For every state: the terms of its row, the states and outputs that nothing needs any more
+        once it is made, and whether the run stops there for an evaluation."""
+        state_use, output_use = self._last_use
+        last = len(self.levels) - 1
+        out: list[tuple[Any, Any, list[int], list[int], bool]] = []
+        kept: set[int] = set()
+        held: set[int] = set()
+        for k, call in enumerate(self.calls):
+            a, b, gone, spent = (), (), [], []
+            if k >= self.given:
+                row = self.rows[k - self.given]
+                a, b = tuple(row.a.items()), tuple(row.b.items())
+                kept |= set(range(self.given)) if k == self.given else set()
+                kept.add(k)
+                gone = [j for j in kept if j < k and state_use.get(j, -1) <= k]
+                spent = [j for j in held if output_use[j] <= k]
+            kept.difference_update(gone)
+            held.difference_update(spent)
+            if call is not None and k in output_use:
+                held.add(k)
+            out.append((a, b, gone, spent, call is not None or k == last))
+        return out
 
     def _walk(self, states: dict[int, Tensor], outputs: dict[int, Tensor], k: int) -> State:
         """From state k, which is done with, to the next that is to be evaluated, or the last."""
-        state_use, output_use = self._last_use
-        last = len(self.levels) - 1
-        while k < last:
+        schedule = self._schedule
+        dtype = next(iter(states.values())).dtype
+        if k in outputs and k not in self._last_use[1]:
+            del outputs[k]  # no row needs it
+        while True:
             k += 1
-            if k >= self.given:
-                row = self.rows[k - self.given]
-                terms = [(c, states[j]) for j, c in row.a.items()]
-                terms += [(c, outputs[j]) for j, c in row.b.items()]
-                states[k] = combine(terms, next(iter(states.values())).dtype)
-                states = {j: v for j, v in states.items() if j >= k or state_use.get(j, -1) > k}
-                outputs = {j: v for j, v in outputs.items() if output_use[j] > k}
-            if self.calls[k] is not None:
-                break
-        return State(self, k, states, outputs)
+            a, b, gone, spent, stop = schedule[k]
+            if a or b:
+                terms = [(c, states[j]) for j, c in a]
+                terms += [(c, outputs[j]) for j, c in b]
+                states[k] = combine(terms, dtype)
+                for j in gone:
+                    states.pop(j, None)
+                for j in spent:
+                    outputs.pop(j, None)
+            if stop:
+                return State(self, k, states, outputs)
 
     def order(self) -> int:
-        """The order of the whole run as steps shrink, start-up and end included; see
-        `fewstep.analysis`."""
+        """The order of the whole run as its grid is refined, start-up and end included: the least
+        of the orders of the bulk and of both ends, computed from the rows (`_analysis`)."""
         from ._analysis import order
 
         return order(self)
+
+    def error_constant(self) -> ErrorConstant:
+        """Leading constants of the local error, of every step and of equal small ones."""
+        from ._analysis import error_constant
+
+        return error_constant(self)
+
+    def stability(self) -> Stability:
+        """Which stiffness every step is stable for: regions, largest values, and a plot."""
+        from ._analysis import stability
+
+        return stability(self)
+
+    def explain(self) -> str:
+        """The formula in use, its source, order, stability, and its names in other code."""
+        from ._analysis import explain
+
+        return explain(self)
 
     def fuse(self) -> Plan:
         """The same sampler with one linear combination after each network call."""

@@ -20,6 +20,7 @@ import abc
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -324,10 +325,15 @@ class DiscreteVP(_VariancePreserving):
             table = tuple(np.log(scaled).tolist())
         return DiscreteVP(table, f"{self.name}, zero terminal SNR", self.integer_times)
 
+    @cached_property
+    def _table(self) -> tuple[Array, Array]:
+        """(times, log alpha) with the clean end."""
+        table = np.concatenate([[0.0], self.log_alphas])
+        return np.arange(-1.0, len(self.log_alphas)), table
+
     def _log_alpha(self, t: ArrayLike) -> Array:
         t = _array(t)
-        table = np.concatenate([[0.0], self.log_alphas])
-        times = np.arange(-1.0, len(self.log_alphas))
+        times, table = self._table
         if np.isfinite(table[-1]):
             return np.interp(t, times, table)
         inner = np.interp(t, times[:-1], table[:-1])
@@ -348,8 +354,7 @@ class DiscreteVP(_VariancePreserving):
 
     def time(self, lam: ArrayLike) -> Array:
         log_alpha = -0.5 * np.logaddexp(0.0, -2 * _array(lam))
-        table = np.concatenate([[0.0], self.log_alphas])[::-1]
-        times = np.arange(-1.0, len(self.log_alphas))[::-1]
+        times, table = (values[::-1] for values in self._table)
         if np.isfinite(table[0]):
             return np.interp(log_alpha, table, times)
         inner = np.interp(log_alpha, table[1:], times[1:])

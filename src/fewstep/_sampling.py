@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from numbers import Integral
 from typing import Any
 
@@ -18,7 +17,7 @@ from ._grids import Grid, times
 from ._noise import start_noise
 from ._plan import Call, Hook, Plan, State
 from ._prediction import Prediction, as_prediction
-from ._process import Array, Level, Process
+from ._process import Level, Process
 from ._segment import Segment, Start, start_time
 from ._solvers._base import Solver
 from ._solvers._registry import as_solver
@@ -104,25 +103,36 @@ def plan(
         about["direction"] = "upward"
     if isinstance(on, Model) and on.conditions > 1:
         about["conditions per evaluation"] = str(on.conditions)
-    compiled = partial(_draft, solver, process, prediction, nfe, rounds, about)
-    return replace(compiled(nodes), origin=compiled)
+    places = tuple(float(t) for t in nodes)
+    return Origin(solver, process, prediction, nfe, rounds, about, places)()
 
 
-def _draft(
-    solver: Solver,
-    process: Process,
-    prediction: Prediction,
-    nfe: int | None,
-    rounds: bool,
-    about: Mapping[str, str],
-    nodes: Sequence[float] | Array,
-) -> Plan:
-    """The solver's rows for these times, and what the network's prediction makes of them."""
+@dataclass(frozen=True)
+class Origin:
+    """What a plan was compiled from; calling it compiles again, for other times if given."""
+
+    solver: Solver
+    process: Process
+    prediction: Prediction
+    nfe: int | None
+    rounds: bool
+    about: Mapping[str, str]
+    times: tuple[float, ...]
+
+    def __call__(self, times: Sequence[float] | None = None) -> Plan:
+        """The plan: the solver's rows, and what the network's prediction makes of them."""
+        here = self if times is None else replace(self, times=tuple(map(float, times)))
+        return replace(_compiled(here), origin=here)
+
+
+def _compiled(origin: Origin) -> Plan:
+    solver, process, prediction = origin.solver, origin.process, origin.prediction
+    rounds = origin.rounds
     if rounds != process.integer_times:  # solvers that place nodes themselves must know
         seen = Segment(process, process.t_start, process.t_end, rounds)
     else:
         seen = process
-    draft = solver.draft(seen, np.asarray(nodes, dtype=np.float64), nfe)
+    draft = solver.draft(seen, np.array(origin.times), origin.nfe)
 
     def call(asked: bool | Level, level: Level) -> Call | None:
         if asked is False:
@@ -137,7 +147,7 @@ def _draft(
         tuple(call(*pair) for pair in zip(draft.evaluated, draft.levels, strict=True)),
         told_integers(rounds, prediction),
         process.prior_std(draft.levels[0].t),
-        about,
+        origin.about,
         draft.given,
         draft.keep,
         draft.basis,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
@@ -93,14 +92,18 @@ def fuse(plan: Plan, outputs: bool = True) -> Plan:
     ]
     rows = dict(_rows(plan))
     gone: dict[int, _Terms] = {}  # eliminated states, over states that stay and data predictions
+    exact: dict[int, bool] = {}
     out: list[Row] = []
     for made, row in rows.items():
-        total = _terms(row)
-        if not stays[made]:
-            total = _from_newest(made, row, rows, stays)
+        total, exact[made] = _terms(row), row.exact
+        if not stays[made] and (rewritten := _from_newest(made, row, rows, stays)):
+            total = rewritten
+            exact[made] &= rows[max(k for k in range(made) if stays[k])].exact
         for j in [j for kind, j in list(total) if kind == "X" and not stays[j]]:
             _add(total, total.pop(("X", j)), gone[j])
+            exact[made] &= exact[j]
         if stays[made]:
+            row = replace(row, exact=exact[made])
             out.append(_raw(plan, total, row) if outputs else _plain(total, row))
         else:
             gone[made] = total
@@ -125,6 +128,7 @@ def fuse(plan: Plan, outputs: bool = True) -> Plan:
         tuple(new[k] for k in plan.keep),
         plan.basis,
         raw=outputs,
+        origin=plan.origin,
     )
 
 
@@ -134,16 +138,16 @@ def _plain(total: _Terms, row: Row) -> Row:
     return Row(a, b, row.order, row.exact)
 
 
-def _from_newest(made: int, row: Row, rows: Mapping[int, Row], stays: list[bool]) -> _Terms:
+def _from_newest(made: int, row: Row, rows: Mapping[int, Row], stays: list[bool]) -> _Terms | None:
     """A row that starts from an older state, rewritten to start from the newest that stays."""
     total = _terms(row)
     newest = max(k for k in range(made) if stays[k])
     if newest not in rows:
-        return total
+        return None
     shared = [j for j in row.a if j in rows[newest].a]
     shared = [j for j in shared if not stays[j]] or shared
     if len(shared) != 1 or np.any(np.asarray(rows[newest].a[shared[0]]) == 0):
-        return total
+        return None
     factor = row.a[shared[0]] / rows[newest].a[shared[0]]
     _add(total, factor, {("X", newest): 1.0})
     _add(total, -factor, _terms(rows[newest]))
@@ -214,7 +218,7 @@ def inverse(plan: Plan) -> Plan:
     calls: list[Call | None] = [plan.calls[k] if where[k] in used else None for k in where]
     made_here = [k for k, _ in _rows(plan) if k not in todo]  # by the rows that were used
     ends = [i for k, i in where.items() if k not in made_here]
-    out = Plan(
+    return Plan(
         tuple(plan.levels[k] for k in where),
         tuple(rows),
         tuple(calls),
@@ -225,20 +229,3 @@ def inverse(plan: Plan) -> Plan:
         tuple(sorted(set(ends) - {len(where) - 1})),
         plan.basis,
     )
-    about = {**out.about, "amplifies rounding": f"{_amplification(out):.2g} times"}
-    return replace(out, about=about)
-
-
-def _amplification(plan: Plan) -> float:
-    """How much a relative error of any state grows on its way to the last, with the network's noise
-    predictions held fixed."""
-    gain: dict[int, Any] = {len(plan.levels) - 1: 1.0}
-    for made, row in reversed(list(_rows(plan))):
-        g = gain.get(made, 0.0)
-        for j, c in row.a.items():
-            gain[j] = gain.get(j, 0.0) + g * c
-        for j, c in row.b.items():
-            if alpha := plan.asked(j).alpha:
-                gain[j] = gain.get(j, 0.0) + g * c / alpha
-    size = [math.hypot(level.alpha, level.sigma) for level in plan.levels]
-    return max(float(np.max(np.abs(g))) * size[j] / size[-1] for j, g in gain.items())

@@ -5,7 +5,9 @@ from __future__ import annotations
 import abc
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
 
 from .._plan import Row
 from .._process import Array, Level, Process
@@ -83,11 +85,11 @@ class Formula(NamedTuple):
         that is not the state that was evaluated there (after a corrector). Default: all of it.
     """
 
-    a: Sequence[float]
-    b: Sequence[float]
+    a: Sequence[Any]  # floats, or arrays of one number per mode
+    b: Sequence[Any]
     order: int
     exact: bool = True
-    base: float | None = None
+    base: Any = None
 
 
 #: (process, levels of the evaluated states newest first, target level) -> formula. For a corrector
@@ -161,15 +163,19 @@ class Multistep(Solver):
 
 def _row(formula: Formula, states: Sequence[int], start: int, base: int) -> Row:
     """The formula as a row over the states with these indices, starting from state `base`."""
-    a = dict(zip(states, map(float, formula.a), strict=True))
-    b = dict(zip(states, map(float, formula.b), strict=True))
+    a = dict(zip(states, map(_number, formula.a), strict=True))
+    b = dict(zip(states, map(_number, formula.b), strict=True))
     if base != start:
         share = a[start] if formula.base is None else formula.base
-        a[start] -= share
+        a[start] = a[start] - share
         a[base] = share
     return Row(
-        {j: c for j, c in a.items() if c != 0},
-        {j: c for j, c in b.items() if c != 0},
+        {j: c for j, c in a.items() if np.any(c != 0)},
+        {j: c for j, c in b.items() if np.any(c != 0)},
         formula.order,
         formula.exact,
     )
+
+
+def _number(c: Any) -> Any:
+    return float(c) if np.ndim(c) == 0 else c

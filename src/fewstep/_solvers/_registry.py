@@ -8,6 +8,12 @@ from math import inf
 from .._prediction import unknown
 from ._base import Multistep, Solver
 from ._exponential import Second, exponential
+from ._gaussian import gaussian
+from ._momentum import dualfast, ghvb, heavy_ball, ipndm
+from ._pndm import pndm
+from ._reversible import bdia, edict, reversible_heun
+from ._runge_kutta import exponential_runge_kutta, runge_kutta
+from ._singlestep import singlestep
 
 __all__ = ["Registry", "as_solver", "solvers"]
 
@@ -49,6 +55,13 @@ _DPMPP = "DPM-Solver++, 2211.01095"
 _UNIPC = "UniPC, 2302.04867, algorithms 1 and 2"
 _DEIS = "Fast Sampling with Exponential Integrator, 2204.13902, eq. 14"
 _AB = "exponential Adams-Bashforth, exact weights; compare 2211.01095, 2310.13268"
+_RK = "explicit Runge-Kutta"
+_RHO_RK = "Fast Sampling with Exponential Integrator, 2204.13902, rhoRK"
+_EDM = "EDM, 2206.00364"
+_COX = "Exponential time differencing (Cox and Matthews 2002)"
+_GROWS = "few and long steps: errors of the noise prediction grow as e^h"
+_SLOPE = "few and long steps: the slope where sigma is small stands for all of a step in rho"
+_LINEAR = "steps longer than about 2 in lambda: not an exponential method, for short steps"
 
 
 def _unipc(
@@ -87,6 +100,7 @@ solvers = Registry(
     *(exponential(p, form="noise", name=f"noise_ab{p}", source=_AB) for p in (2, 3, 4)),
     *(_unipc(p, "midpoint", f"unipc_{p}", "bh2", ("unipc",) * (p == 2)) for p in (1, 2, 3)),
     *(_unipc(p, "bh1", f"unipc_{p}_bh1", "bh1") for p in (1, 2, 3)),
+    *(_unipc(p, "exact", f"unipc_{p}_vary", "vary_coeff, corrected") for p in (1, 2, 3)),
     exponential(2, form="flow", variable="own", corrector=True, name="flow_pc2", source=_AB),
     *(exponential(p, form="v", variable="own", name=f"v_ab{p}", source=_AB) for p in (2, 3, 4)),
     *(
@@ -94,6 +108,9 @@ solvers = Registry(
         for p in (2, 3, 4)
     ),
     exponential(2, form="flow", name="flow_exp2", source=_AB),
+    gaussian(2, 0.5, name="cflow_ab2"),
+    *(gaussian(p, 0.5, corrector=True, name=f"cflow_pc{p}") for p in (1, 2)),
+    *(gaussian(p, 0.5, form="v", name=f"angle_ab{p}") for p in (1, 2, 3)),
     *(
         exponential(
             q + 1, form="noise", variable="t", growth=inf, name=f"deis_tab{q}", source=_DEIS
@@ -108,10 +125,76 @@ solvers = Registry(
             growth=inf,
             name=f"deis_rhoab{q}",
             source=_DEIS,
-            aliases=(f"lms{q + 1}",),
+            aliases=(f"lms{q + 1}", *("ipndm_v",) * (q == 3)),
         )
         for q in (1, 2, 3)
     ),
+    # Several evaluations per step.
+    singlestep(
+        2,
+        form="noise",
+        name="dpm_solver_2",
+        source="DPM-Solver, 2206.00927, algorithm 1",
+        fragile=_GROWS,
+        aliases=("dpm_2",),
+    ),
+    singlestep(
+        3,
+        form="noise",
+        name="dpm_solver_3",
+        source="DPM-Solver, 2206.00927, algorithm 2 and appendix ('fast')",
+        fragile=_GROWS,
+        aliases=("dpm_fast", "dpm_solver_fast"),
+    ),
+    singlestep(2, name="dpmpp_2s", source=f"{_DPMPP}, algorithm 1"),
+    singlestep(3, name="dpmpp_3s", source=f"{_DPMPP}, official code"),
+    singlestep(
+        2,
+        second="exact",
+        name="dpmpp_2s_taylor",
+        source="Refined Exponential Solver, 2308.02157, c_2 = 1/2",
+        aliases=("res_2s",),
+    ),
+    singlestep(3, second="exact", name="dpmpp_3s_taylor", source=f"{_DPMPP}, official code"),
+    exponential_runge_kutta("etd2rk", name="etd2rk", source=_COX),
+    exponential_runge_kutta("etd3rk", name="etd3rk", source=_COX),
+    exponential_runge_kutta(
+        "krogstad",
+        name="etdrk4_krogstad",
+        source="Generalized integrating factor methods (Krogstad 2005)",
+    ),
+    exponential_runge_kutta(
+        "hochbruck_ostermann",
+        name="ho5",
+        source="Explicit exponential Runge-Kutta (Hochbruck and Ostermann 2005)",
+    ),
+    runge_kutta(
+        "2heun",
+        name="heun",
+        source=f"{_EDM}, algorithm 1",
+        fragile=_SLOPE,
+        aliases=("edm_heun", "deis_rho_2heun"),
+    ),
+    runge_kutta("midpoint", name="rho_midpoint", source=f"{_EDM}, appendix: alpha = 1/2"),
+    runge_kutta(
+        "3kutta", name="rho_rk3", source=_RHO_RK, fragile=_SLOPE, aliases=("deis_rho_3kutta",)
+    ),
+    runge_kutta("4rk", name="rho_rk4", source=_RHO_RK, fragile=_SLOPE, aliases=("deis_rho_4rk",)),
+    runge_kutta("midpoint", form="flow", name="flow_midpoint", source=f"{_RK} in flow time"),
+    runge_kutta("2heun", form="flow", name="flow_heun", source=f"{_RK} in flow time"),
+    runge_kutta("4rk", form="flow", name="flow_rk4", source=f"{_RK} in flow time"),
+    runge_kutta("3kutta", form="lambda", name="rk3", source=f"{_RK}, Kutta", fragile=_LINEAR),
+    runge_kutta("4rk", form="lambda", name="rk4", source=f"{_RK}, classical", fragile=_LINEAR),
+    runge_kutta(
+        "dormand_prince",
+        form="lambda",
+        name="rk5",
+        source=f"{_RK}, Dormand and Prince",
+        fragile=_LINEAR,
+    ),
+    pndm(4, 4, name="pndm", aliases=("f_pndm",)),
+    pndm(2, 2, name="s_pndm"),
+    pndm(4, 2, name="plms"),
 )
 
 
@@ -125,3 +208,24 @@ def as_solver(solver: str | Solver) -> Solver:
         return solvers[solver]
     except KeyError as error:
         raise ValueError(error.args[0]) from None
+
+
+# Made from the solvers above.
+for _made in (
+    *(ipndm(p, aliases=("ipndm",) * (p == 4)) for p in (2, 3, 4)),
+    ipndm(2, form="flow"),
+    ghvb(2, 0.8, name="ghvb_1_8"),
+    ghvb(4, 0.8, name="ghvb_3_8"),
+    heavy_ball(ipndm(4), 0.9, name="hb_ipndm_4"),
+    heavy_ball("dpmpp_2m", 0.9, plain=2, name="hb_dpmpp_2m"),
+    dualfast("ddim", name="dualfast_ddim"),
+    dualfast("dpmpp_2m", name="dualfast_dpmpp_2m"),
+    bdia("ddim", 0.5, name="bdia", aliases=("bdia_ddim",)),
+    bdia("ddim", 1.0, name="bdia_1"),
+    bdia("ddim", "per step", name="bdia_per_step"),
+    bdia("dpmpp_2m", 0.5, name="bdia_dpmpp_2m"),
+    bdia("heun", 0.5, name="bdia_heun"),
+    edict(name="edict"),
+    reversible_heun(name="reversible_heun"),
+):
+    solvers.register(_made)
