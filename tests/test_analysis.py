@@ -413,7 +413,7 @@ def test_explain(solver):
     # the family's formula is there, not only its name
     formula = text.split("Formula")[1].split("Source:")[0]
     assert "=" in formula
-    assert len(formula.splitlines()) > 4
+    assert len(formula.splitlines()) > 2
     if solver in NAMES:
         for name in (*NAMES[solver].diffusers, *NAMES[solver].k_diffusion, *NAMES[solver].comfyui):
             assert name in text

@@ -36,6 +36,7 @@ of one step declare less than the step: see `Orders.computed`.
 
 from __future__ import annotations
 
+import inspect
 import itertools
 import math
 import os
@@ -703,9 +704,12 @@ def _family(solver: Solver) -> tuple[str, str]:
         else {}
     )
     plain = [f"{k} = {v}" for k, v in values.items() if isinstance(v, (str, int, float, bool))]
-    if home == _BASE or home not in sys.modules:
-        return "", ", ".join(plain)
-    paragraphs = (sys.modules[home].__doc__ or "").strip().split("\n\n")
+    if home == _BASE:  # a coefficient function of one's own: what it, or its module, says of itself
+        step = getattr(solver, "step", None)
+        home = getattr(step, "__module__", home)
+        text = getattr(step, "__doc__", None) or getattr(sys.modules.get(home), "__doc__", None)
+        return inspect.cleandoc(text or ""), ", ".join(plain)
+    paragraphs = (getattr(sys.modules.get(home), "__doc__", None) or "").strip().split("\n\n")
     kept, seen = [], False
     for text in paragraphs:
         formula = text.startswith("    ")
