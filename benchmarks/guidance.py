@@ -16,12 +16,11 @@ SCALES = (1.5, 4.0, 7.5, 15.0)
 NFES = (5, 8, 12, 20)
 CANDIDATES = (
     ("flow_ab2", "softened"),
-    ("flow_ab3", "softened"),
-    ("flow_exp2", "softened"),
+    ("flow_ipndm_2", "softened"),
+    ("cflow_pc2", "softened"),
+    ("bdia_per_step", "softened"),
     ("dpmpp_2m", "softened"),
-    ("dpmpp_2m", "lambda"),
     ("dpmpp_2m", "karras"),
-    ("flow_pc2", "softened"),
     ("ddim", "softened"),
 )
 

@@ -23,7 +23,8 @@ PROBLEMS = {
 }
 NFES = (5, 8, 12)
 CANDIDATES = {
-    "default (`flow_ab2`, `softened`)": ("flow_ab2", "softened"),
+    "default (`flow_ipndm_2`, `softened`)": ("flow_ipndm_2", "softened"),
+    "`cflow_pc2`, `softened`": ("cflow_pc2", "softened"),
     "`dpmpp_2m`, `lambda`": ("dpmpp_2m", "lambda"),
     "`dpmpp_2m`, `karras`": ("dpmpp_2m", "karras"),
     "`ddim`, `uniform`": ("ddim", "uniform"),

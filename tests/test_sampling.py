@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import subprocess
 import sys
 import threading
@@ -336,3 +337,34 @@ def test_import_brings_nothing_unasked():
     seconds, modules = out.stdout.split("\n")[:2]
     assert modules == "[]"
     assert float(seconds) < 5.0  # a few tenths in truth; the bound only catches a new heavy import
+
+
+@functools.cache
+def half_precision_problem() -> tuple[fs.Denoiser, fs.Denoiser, torch.Tensor, torch.Tensor]:
+    """An exact network, the same answering in bfloat16, starting noise, and the solution."""
+    mixture = Mixture()
+    exact = network_for(fs.VP(), "noise", mixture.denoise)
+
+    def rounded(x_in: torch.Tensor, t_in: torch.Tensor) -> torch.Tensor:
+        return exact.network(x_in.double(), t_in).bfloat16()
+
+    half = fs.Denoiser(rounded, fs.VP(), "noise", dtype=torch.bfloat16)
+    x = torch.from_numpy(mixture.start(48))
+    fine = fs.plan("ab4", exact, 400, grid="lambda", final="min")
+    return exact, half, x, fs.sample(exact, solver=fine, x=x, progress=False)
+
+
+@pytest.mark.parametrize("solver", list(fs.solvers))
+def test_with_a_half_precision_network_more_steps_are_better(solver):
+    """The state is float32 whatever the network's type: rounding of its input and output to 8 bits
+    averages out over the steps instead of adding up."""
+    _, half, x, want = half_precision_problem()
+    errors = []
+    for nfe in (8, 20, 50):
+        plan = fs.plan(solver, half, nfe, grid="lambda", final="min")
+        out = fs.sample(half, solver=plan, x=x.float(), progress=False)
+        assert out.dtype == torch.float32
+        errors.append(float((out - want).square().mean().sqrt()))
+    assert errors[0] > errors[1], errors
+    # 2e-3 is half a unit of the last place of bfloat16 at 1, and all that such a network can give
+    assert errors[1] > errors[2] or errors[2] < 2e-3, errors

@@ -25,8 +25,9 @@ from ._solvers._registry import as_solver
 __all__ = ["DEFAULT_GRID", "DEFAULT_SOLVER", "Record", "plan", "sample", "steps"]
 
 # Chosen by benchmarks/defaults.py on digits, photograph patches and the trained digits network, on
-# six processes, for 4 to 20 evaluations; two-dimensional toys would have chosen otherwise.
-DEFAULT_SOLVER = "flow_ab2"
+# six processes, for 4 to 20 evaluations, and by benchmarks/guidance.py; two-dimensional toys would
+# have chosen otherwise.
+DEFAULT_SOLVER = "flow_ipndm_2"
 DEFAULT_GRID = "softened"
 
 
