@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 import fewstep as fs
 from fewstep import _grid_search as search
 from fewstep._grid_search import CostGrid, dmn, gits, shortest
+from fewstep._sampling import DEFAULT_SOLVER
 from problems import PROCESSES
 
 # -- DMN -----------------------------------------------------------------------------------------
@@ -205,7 +206,7 @@ def test_costs_are_one_ddim_step_from_the_teacher(name, metric):
     times, n = grid.times, len(grid.times)
     assert times[0] == process.t_start
     assert (times[-1] == process.t_clean) or process.t_clean is None
-    teacher = fs.plan("flow_ab2", model, grid=list(times))
+    teacher = fs.plan(DEFAULT_SOLVER, model, grid=list(times))
     x = fs.start_noise((5, 3), 3, dtype=torch.float64) * teacher.prior_std
     states = [x]
     for record in fs.steps(model, x=x, solver=teacher):

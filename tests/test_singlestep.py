@@ -13,10 +13,11 @@ import pytest
 import fewstep as fs
 from fewstep._solvers._pndm import pndm, started
 from fewstep._solvers._runge_kutta import (
-    _TABLES,
+    PhiTable,
     Tableau,
     exponential_runge_kutta,
     phi,
+    phi_tables,
     runge_kutta,
     tableaus,
 )
@@ -245,7 +246,7 @@ def test_phi_functions(k, z):
 def test_stiff_order(name, order):
     """The conditions of Hochbruck and Ostermann (2005) hold up to the stiff order and not beyond.
     The two numbers are h of the weights and of the inner states: conditions hold for any pair."""
-    table = _TABLES[name]
+    table = phi_tables[name]
     c = np.array([0.0, *table.c])
 
     def numbers(z: float) -> np.ndarray:
@@ -403,3 +404,18 @@ def test_a_start_keeps_the_order_of_the_method():
 def test_bad_parameters(make, words):
     with pytest.raises(ValueError, match=words):
         make()
+
+
+def test_a_table_of_ones_own():
+    """The exponential midpoint rule, by its table, is the exact two-node method; others fill in."""
+    table = PhiTable((0.5,), ({}, {1: ((2.0, 2, 1.0),)}), 2)
+    for form in ("data", "noise"):
+        mine = exponential_runge_kutta(table, form=form)
+        theirs = singlestep(2, form=form, second="exact")
+        for nfe in (4, 5, 7):
+            plans = [fs.plan(s, fs.VP(), nfe, grid="lambda") for s in (mine, theirs)]
+            for a, b in zip(*(p.canonical() for p in plans), strict=True):
+                np.testing.assert_allclose(a, b, rtol=1e-10, atol=1e-12)
+    for bad in (PhiTable((), ({},), 1), PhiTable((0.5,), ({1: ((1.0, 2, 1.0),)}, {}), 2)):
+        with pytest.raises(ValueError, match="need 2 to 6 rows"):
+            exponential_runge_kutta(bad)

@@ -36,8 +36,10 @@ from ._solvers._pndm import Started, pndm, started
 from ._solvers._registry import solvers
 from ._solvers._reversible import bdia, edict, reversible_heun, second_state, walk
 from ._solvers._runge_kutta import (
+    PhiTable,
     Tableau,
     exponential_runge_kutta,
+    phi_tables,
     runge_kutta,
     tableaus,
 )
@@ -75,6 +77,7 @@ __all__ = [
     "Multistep",
     "NodeList",
     "Orders",
+    "PhiTable",
     "Plan",
     "Prediction",
     "Process",
@@ -116,6 +119,7 @@ __all__ = [
     "karras",
     "models",
     "node_lists",
+    "phi_tables",
     "plan",
     "pndm",
     "power",

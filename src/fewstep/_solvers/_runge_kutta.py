@@ -42,7 +42,14 @@ from .._weights import _W, _X, FORMS, scale, weights
 from ._base import Formula
 from ._singlestep import Singlestep, mixed, slope
 
-__all__ = ["Tableau", "exponential_runge_kutta", "runge_kutta", "tableaus"]
+__all__ = [
+    "PhiTable",
+    "Tableau",
+    "exponential_runge_kutta",
+    "phi_tables",
+    "runge_kutta",
+    "tableaus",
+]
 
 
 class Tableau(NamedTuple):
@@ -99,9 +106,9 @@ _LOWER = {2: "2heun", 3: "3kutta", 4: "4rk", 5: "merson"}
 _Phi = tuple[float, int, float]
 
 
-class _Table(NamedTuple):
-    """Exponential Runge-Kutta: c of the inner states, and j -> weight of stage j >= 1, for every
-    inner state and the target."""
+class PhiTable(NamedTuple):
+    """Exponential Runge-Kutta: c of the inner states; for every inner state and the target, j ->
+    weight of stage j >= 1 as terms (v, k, c) of the sum of v phi_k(c z); classical order."""
 
     c: tuple[float, ...]
     rows: tuple[Mapping[int, tuple[_Phi, ...]], ...]
@@ -111,10 +118,11 @@ class _Table(NamedTuple):
 _THIRDS = {1: ((4.0, 2, 1.0), (-8.0, 3, 1.0)), 2: ((-1.0, 2, 1.0), (4.0, 3, 1.0))}
 _OUTER = ((2.0, 2, 1.0), (-4.0, 3, 1.0))
 _A52 = ((0.5, 2, 0.5), (-1.0, 3, 1.0), (0.25, 2, 1.0), (-0.5, 3, 0.5))
-_TABLES: Mapping[str, _Table] = {
-    "etd2rk": _Table((1.0,), ({}, {1: ((1.0, 2, 1.0),)}), 2),
-    "etd3rk": _Table((0.5, 1.0), ({}, {1: ((2.0, 1, 1.0),)}, _THIRDS), 3),
-    "krogstad": _Table(
+#: Exponential methods by name.
+phi_tables: Mapping[str, PhiTable] = {
+    "etd2rk": PhiTable((1.0,), ({}, {1: ((1.0, 2, 1.0),)}), 2),
+    "etd3rk": PhiTable((0.5, 1.0), ({}, {1: ((2.0, 1, 1.0),)}, _THIRDS), 3),
+    "krogstad": PhiTable(
         (0.5, 0.5, 1.0),
         (
             {},
@@ -124,7 +132,7 @@ _TABLES: Mapping[str, _Table] = {
         ),
         4,
     ),
-    "hochbruck_ostermann": _Table(
+    "hochbruck_ostermann": PhiTable(
         (0.5, 0.5, 1.0, 0.5),
         (
             {},
@@ -293,7 +301,7 @@ def _order(c: Sequence[float], row: Sequence[float]) -> int:
 
 
 def exponential_runge_kutta(
-    table: Literal["etd2rk", "etd3rk", "krogstad", "hochbruck_ostermann"],
+    table: str | PhiTable,
     *,
     form: Literal["data", "noise"] = "data",
     name: str | None = None,
@@ -303,17 +311,27 @@ def exponential_runge_kutta(
     """An exponential Runge-Kutta method in lambda, one NFE per stage.
 
     table: "etd2rk", "etd3rk" (Cox and Matthews), "krogstad" (4 stages, order 4),
-        "hochbruck_ostermann" (5 stages, order 4 also where h is large).
+        "hochbruck_ostermann" (5 stages, order 4 also where h is large), or a `PhiTable` of 2 to 6
+        stages; steps that can spend fewer evaluations take a named method of as many.
     """
     if form not in ("data", "noise"):
         raise ValueError(unknown("form", form, ("data", "noise")))
-    if table not in _TABLES:
-        raise ValueError(unknown("table", table, tuple(_TABLES)))
-    count = len(_TABLES[table].rows)
-    step = _Etd(form, tuple(t for t in _TABLES.values() if len(t.rows) <= count))
+    title = table if isinstance(table, str) else "own table"
+    if isinstance(table, str):
+        if table not in phi_tables:
+            raise ValueError(unknown("table", table, tuple(phi_tables)))
+        table = phi_tables[table]
+    count = len(table.rows)
+    early = any(j >= i for i, row in enumerate(table.rows, 1) for j in row)
+    if not 2 <= count <= 6 or len(table.c) != count - 1 or early or not all(table.c):
+        raise ValueError(
+            f"table has {count} rows and {len(table.c)} inner places; need 2 to 6 rows, one place "
+            "(not 0) fewer, and row i over the stages 1 to i - 1"
+        )
+    step = _Etd(form, (*(t for t in phi_tables.values() if len(t.rows) < count), table))
     return Singlestep(
-        name=name or f"exponential_runge_kutta({table}, {form})",
-        order=_TABLES[table].order,
+        name=name or f"exponential_runge_kutta({title}, {form})",
+        order=table.order,
         inner=step.inner,
         stages=step,
         source=source,
@@ -328,7 +346,7 @@ class _Etd:
     """Rows of exponential tables; members by their number of evaluations, from 2."""
 
     form: str
-    members: tuple[_Table, ...]
+    members: tuple[PhiTable, ...]
 
     def inner(self, process: Process, start: Level, end: Level, count: int) -> list[float]:
         """Times of lambda_s + c_i h."""
