@@ -6,6 +6,7 @@ import math
 import warnings
 from dataclasses import replace
 
+import mpmath
 import numpy as np
 import pytest
 import torch
@@ -117,7 +118,6 @@ def test_coefficients_are_exact_on_polynomials(solver, second):
 
 
 def test_phi_functions():
-    mpmath = pytest.importorskip("mpmath")
     z = np.array([-30.0, -1.0, -0.999999, -1e-3, -1e-12, 0.0, 1e-7, 0.3, 1.0, 12.0])
     for k, got in enumerate(_phi(z), 1):
         want = [float(mpmath.hyp1f1(1, k + 1, v) / mpmath.factorial(k)) for v in z]

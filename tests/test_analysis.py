@@ -9,6 +9,7 @@ import sys
 import numpy as np
 import pytest
 import torch
+from matplotlib.figure import Figure
 
 import fewstep as fs
 from fewstep import _analysis
@@ -314,12 +315,11 @@ def test_stability_intervals_of_adams_and_momentum():
     for p, end in adams.items():
         plain = fs.exponential(p, form="noise", variable="rho")
         assert noise_form_interval(plain) == pytest.approx(end, rel=2e-3)
-    momentum = pytest.importorskip("fewstep._solvers._momentum")
     for beta in (0.3, 0.8):
         more = (2 - beta) / beta
         for p, end in adams.items():
             base = fs.exponential(p, form="noise", variable="rho")
-            solver = momentum.heavy_ball(base, beta)
+            solver = fs.heavy_ball(base, beta)
             assert noise_form_interval(solver) == pytest.approx(end * more, rel=5e-3), (p, beta)
         closed = {
             2: 2 - beta,
@@ -327,7 +327,7 @@ def test_stability_intervals_of_adams_and_momentum():
             4: 3 * (2 - beta) / (11 - beta),
         }
         for r, end in closed.items():
-            solver = momentum.ghvb(r, beta)
+            solver = fs.ghvb(r, beta)
             assert noise_form_interval(solver) == pytest.approx(end, rel=5e-3), (r, beta)
 
 
@@ -382,11 +382,10 @@ def test_nothing_to_say_is_said():
 
 
 def test_plot(tmp_path, monkeypatch):
-    figure = pytest.importorskip("matplotlib.figure")
     regions = fs.plan("unipc_2", fs.EDM(), 6).stability()
     regions.plot(tmp_path / "a.png")
     assert (tmp_path / "a.png").stat().st_size > 10_000
-    axes = figure.Figure().subplots(1, 2)
+    axes = Figure().subplots(1, 2)
     regions.plot(axes)
     texts = [t.get_text() for t in axes[0].texts]
     assert any(f"limit {regions.limit:.3g}" in t for t in texts)

@@ -79,8 +79,6 @@ def test_it_is_what_the_network_of_a_gaussian_says(name, kind):
 @pytest.mark.parametrize("solver", list(fs.solvers))
 def test_budgets_fusion_and_files(solver, tmp_path):
     """nfe is what is spent, for every solver and budget; plans run from noise, fuse, are kept."""
-    if fs.solvers[solver].needs_calibration:
-        pytest.skip("needs calibration")
     process = fs.EDM()
     calls = []
 

@@ -117,6 +117,7 @@ def broken(**changes) -> None:
         (fs.Row({2: 1.0}, {0: 0.5}, 1), "row 1 uses a state that does not exist yet"),
         (fs.Row({0: float("nan")}, {0: 0.5}, 1), "row 1 has a coefficient that is not finite"),
         (fs.Row({0: 1.0}, {}, 1), "row 1 copies a state"),
+        (fs.Row({}, {}, 1, exact=False), "row 1 has no terms"),
     ],
 )
 def test_a_bad_row_is_refused_with_the_table(row, words):

@@ -19,7 +19,7 @@ from torch import Tensor
 from ._prediction import Prediction, Time, as_prediction
 from ._process import Level, Process
 
-__all__ = ["Denoiser", "Guided", "Model", "check_output", "told_integers"]
+__all__ = ["Denoiser", "Guided", "Model", "Wrapper", "check_output", "told_integers"]
 
 
 def told_integers(rounds: bool, prediction: Prediction) -> bool:
@@ -143,8 +143,34 @@ class Denoiser(Model):
         return self.network(x_in if self.dtype is None else x_in.to(self.dtype), t_in, **cond)
 
 
+class Wrapper(Model):
+    """A model around another, `model`: the same path and convention, another output."""
+
+    model: Model
+
+    @property
+    def process(self) -> Process:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return self.model.process
+
+    @property
+    def prediction(self) -> Prediction:
+        return self.model.prediction
+
+    @property
+    def rounds(self) -> bool:
+        return self.model.rounds
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.device
+
+    @property
+    def conditions(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return self.model.conditions
+
+
 @dataclass(frozen=True)
-class Guided(Model):
+class Guided(Wrapper):
     """Classifier-free guidance: out = uncond + scale (cond - uncond), in one batched network call
     (arXiv 2207.12598, with scale = 1 + w: 1 is no guidance, 0 is unconditional).
 
@@ -173,22 +199,6 @@ class Guided(Model):
             raise ValueError(f"rescale = {self.rescale}; need a number in [0, 1]")
         if not self.uncond:
             raise ValueError("uncond is empty; name the arguments of the unconditional half")
-
-    @property
-    def process(self) -> Process:  # pyright: ignore[reportIncompatibleVariableOverride]
-        return self.model.process
-
-    @property
-    def prediction(self) -> Prediction:
-        return self.model.prediction
-
-    @property
-    def rounds(self) -> bool:
-        return self.model.rounds
-
-    @property
-    def device(self) -> torch.device:
-        return self.model.device
 
     @property
     def conditions(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride]

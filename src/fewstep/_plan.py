@@ -145,6 +145,8 @@ class Plan:
             problem = "uses a state that does not exist yet"
         elif any(self.calls[j] is None for j in row.b):
             problem = "uses a data prediction of a state that is not evaluated"
+        elif not row.a and not row.b:
+            problem = "has no terms"
         elif not row.b and list(map(repr, row.a.values())) == ["1.0"]:
             problem = "copies a state: the step would do nothing"
         elif row.exact:
@@ -230,10 +232,8 @@ class Plan:
                 raise ValueError(f"x: states of shapes {tuple(x.shape)} and {tuple(v.shape)}")
             if not v.is_floating_point():
                 raise ValueError(f"x has dtype {v.dtype}; need a floating-point tensor")
-            finite = bool(
-                torch.isfinite(v).all()
-            )  # the only read from the device that a plan makes
-            if not finite:
+            # The only read from the device that a plan makes.
+            if not bool(torch.isfinite(v).all()):
                 raise ValueError("x contains NaN or inf; start from finite values")
         if self.basis is not None:
             self.basis.check(tuple(x.shape[1:]))

@@ -11,9 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ._denoiser import Model, told_integers
-from ._prediction import Prediction
-from ._process import Level, Process
+from ._denoiser import Model, Wrapper, told_integers
+from ._process import Level
 
 __all__ = ["TimeShifted", "sample_mean"]
 
@@ -34,7 +33,7 @@ def sample_mean(v: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class TimeShifted(Model):
+class TimeShifted(Wrapper):
     """A model whose network is told, for every sample, the time that the variance of its state
     belongs to, while the coefficients of the solver keep t:
 
@@ -73,26 +72,6 @@ class TimeShifted(Model):
             raise ValueError(f"data_var = {self.data_var}; need a finite variance >= 0")
         if self.cutoff is not None and not math.isfinite(float(self.process.lam(self.cutoff))):
             raise ValueError(f"cutoff = {self.cutoff}; need a time between the ends, or None")
-
-    @property
-    def process(self) -> Process:  # pyright: ignore[reportIncompatibleVariableOverride]
-        return self.model.process
-
-    @property
-    def prediction(self) -> Prediction:
-        return self.model.prediction
-
-    @property
-    def rounds(self) -> bool:
-        return self.model.rounds
-
-    @property
-    def device(self) -> torch.device:
-        return self.model.device
-
-    @property
-    def conditions(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride]
-        return self.model.conditions
 
     def output(self, x_in: Tensor, t_in: Tensor, level: Level, cond: Mapping[str, Any]) -> Tensor:
         n = x_in[0].numel()
