@@ -33,7 +33,10 @@ def test_fused_is_the_same_with_one_combination_per_call(solver, case):
         bare = [k for k, call in enumerate(fused.calls) if call is None]
         assert set(bare) <= {*range(plan.given), *fused.keep, len(fused.levels) - 1}
         x = torch.from_numpy(MIXTURE.start(4)) * plan.prior_std
-        want, have = final_of(model, plan, x), final_of(model, fused, x)
+        state = plan.start(x)  # not through `sample`, which fuses by itself
+        while not state.done:
+            state = state.advance(model.network(*state.query()))
+        want, have = state.x, final_of(model, fused, x)
         scale = max(1.0, float(want.abs().max()))
         torch.testing.assert_close(have / scale, want / scale, rtol=0, atol=1e-10)
 
@@ -116,3 +119,44 @@ def test_only_reversible_plans_have_an_inverse():
         if not getattr(solver, "reversible", False):
             with pytest.raises(ValueError, match="is not reversible"):
                 plan.inverse()
+
+
+@pytest.mark.parametrize(
+    ("solver", "predicts", "raw", "states"),
+    [
+        ("flow_ab2", "flow", True, 9),  # the network predicts what the solver interpolates
+        ("dpmpp_2m", "noise", True, 9),  # as many tensors either way; one allocation less
+        ("dpmpp_3m", "noise", False, 9),  # raw rows would read three past states as well
+        ("unipc_2", "noise", False, 9),  # but the corrected states go
+    ],
+)
+def test_the_cheapest_form(solver, predicts, raw, states):
+    plan = fs.plan(solver, fs.VP(), 8, grid="lambda", predicts=predicts)
+    cheapest = plan.cheapest
+    assert (cheapest.raw, len(cheapest.levels)) == (raw, states)
+    assert cheapest.cheapest is cheapest or cheapest.cheapest == cheapest
+
+
+@pytest.mark.parametrize("case", range(len(CASES)))
+def test_fused_about_a_mean(case):
+    """With a basis about a mean, raw outputs are centred on the one that D = mu would be."""
+    process, predicts = CASES[case]
+    model = network_for(process, predicts, MIXTURE.denoise)
+    mean = np.array([0.7, -0.4, 0.2])
+    solver = fs.gaussian(2, [0.3, 0.5, 0.9], fs.Identity(mean=mean), corrector=True)
+    plan = fs.plan(solver, model, 6)
+    x = torch.from_numpy(MIXTURE.start(4)) * plan.prior_std
+    want, have = final_of(model, plan, x), final_of(model, plan.fuse(), x)
+    state = plan.start(x)
+    while not state.done:  # sample fuses by itself; this does not
+        state = state.advance(model.network(*state.query()))
+    torch.testing.assert_close(have, state.x, rtol=0, atol=1e-10)
+    torch.testing.assert_close(want, state.x, rtol=0, atol=1e-10)
+
+
+def test_half_precision_answers_that_several_rows_need_are_kept_widened():
+    plan = fs.plan("deis_tab2", fs.VP(), 6, predicts="noise").fuse()
+    state = plan.start(torch.randn(2, 3))
+    while not state.done:
+        state = state.advance(torch.randn(2, 3).bfloat16())
+        assert {v.dtype for v in state.outputs.values()} <= {torch.float32}

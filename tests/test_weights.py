@@ -178,3 +178,11 @@ def test_bad_arguments(arguments, words):
     older = p.level(more[1] if len(more) > 1 else 0.7)
     with pytest.raises(ValueError, match=words):
         fs.weights(form, variable, start, p.level(0.2), [start, older])
+
+
+def test_to_no_signal_there_is_one_node_only():
+    process = fs.Flow()
+    nodes = [process.level(0.5), process.level(0.4)]
+    with pytest.raises(ValueError, match="end: alpha = 0"):
+        fs.weights("data", "lambda", nodes[0], process.level(1.0), nodes)
+    assert fs.weights("data", "lambda", nodes[0], process.level(1.0), nodes[:1]) == -1.0
