@@ -2,12 +2,15 @@
 
     python benchmarks/conformance.py [--json FILE]
 
-Runs the stored results of tests/golden (a minute or two) and counts a case for a solver only if
+Runs the stored results of tests/golden (some minutes) and counts a case for a solver only if
 `fewstep.plan` of that name, on the official step boundaries, is the official run: last steps,
 start-up and evaluations included. Agreement is the largest difference of the final states, relative
 to max(1, max |x|), float64. "Measured order" is that of `Plan.order` on a grid equal in lambda: of
-the steps in bulk (first and last steps may be of lower order). FILE gets the counts:
-solver -> implementation -> [cases, largest deviation].
+the steps in bulk (first and last steps may be of lower order).
+
+Stochastic solvers are compared given the same noise, at the noise level of the official run
+(`Solver.scaled`). Their measured order is the weak one, of exact moments (tests/test_weak.py).
+FILE gets the counts: solver -> implementation -> [cases, largest deviation].
 """
 
 from __future__ import annotations
@@ -25,7 +28,9 @@ import fewstep as fs
 from fewstep._analysis import orders
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
+import official_stochastic as noisy
 from official import agreement, golden, implementation, is_adaptive
+from test_weak import orders as weak_orders
 
 #: Where official code is in error, or far from its paper, by solver: measured on these problems.
 UPSTREAM = {
@@ -55,6 +60,18 @@ UPSTREAM = {
     "(linspace spacing)",
     r"bdia.*": "official steps of 1000 // n: more than asked if n does not divide 1000, and a "
     "start below index 999",
+    r"ddpm": "diffusers DDPM adds noise of 1e-10 to the sample where its last time is not 0",
+    r"ddpm_large": "diffusers adds all of beta to the sample where its last time is not 0; its "
+    "fixed_large_log is NaN",
+    r"sde_dpmpp_3m.*": "diffusers: a wrong sign in third-order sde-dpmsolver++ makes it first "
+    "order; EDM and cosine schedulers, and sde-dpmsolver, raise at order 3",
+    r"er_sde_[23]": "official integrals are sums of 100 rectangles: samples move by up to 3e-3 "
+    "(compared with its code at 200,000 midpoints)",
+    r"lcm": "diffusers LCM mixes 1 / (1 + 400 t^2) of the state into the data prediction",
+    r"tcd": "rounds the time that it jumps to down to an integer; so does this, for networks that "
+    "know integers only",
+    r"(edm|euler)_churn": "diffusers Euler and EDM Euler ask the network before they add the "
+    "noise, which nothing removes",
     r"adaptive:.*": "official: one error for the whole batch, so that a sample depends on its "
     "neighbours",
 }
@@ -66,7 +83,7 @@ Counts = dict[str, dict[str, tuple[int, float]]]
 
 def conformance() -> Counts:
     """solver -> implementation -> (cases, largest deviation)."""
-    out: Counts = {name: {} for name in fs.solvers}
+    out: Counts = {name: {} for name in fs.solvers if not fs.solvers[name].stochastic}
     for case in golden()["cases"]:
         names, deviation = agreement(case)
         if is_adaptive(case):
@@ -75,6 +92,20 @@ def conformance() -> Counts:
             mine = out.setdefault(name, {})
             count, worst = mine.get(implementation(case), (0, 0.0))
             mine[implementation(case)] = (count + 1, max(worst, deviation))
+    return out
+
+
+def stochastic() -> Counts:
+    """The same for stochastic solvers."""
+    out: Counts = {name: {} for name in fs.solvers if fs.solvers[name].stochastic}
+    for case in noisy.golden()["cases"]:
+        if "error" in case or case["settings"].get("pc_mode") == "PECE":
+            continue
+        compiled = noisy.compile_case(case)
+        for name in noisy.names_for(case, compiled):
+            who = noisy.implementation(case)
+            count, worst = out[name].get(who, (0, 0.0))
+            out[name][who] = (count + 1, max(worst, noisy.deviation(case, compiled)))
     return out
 
 
@@ -89,12 +120,18 @@ def measured(name: str) -> str:
     return f"{orders(plan).bulk:.1f}"
 
 
-def rows(counts: Counts) -> Iterator[str]:
+def weak(name: str) -> str:
+    """Weak order: the least that `tests/test_weak.py` measures on two exact problems."""
+    found = min(weak_orders(fs.solvers[name]))
+    return f"{max(found, 0.0):.1f}"
+
+
+def rows(counts: Counts, noise: bool) -> Iterator[str]:
     """Of the table, in markdown."""
     titles = (
         "solver",
-        "order (smooth grids)",
-        "measured",
+        *(("weak order", "measured", "strong order") if noise else ("order (smooth grids)",)),
+        *(() if noise else ("measured",)),
         "NFE per step",
         "cases",
         "agrees with (cases)",
@@ -104,7 +141,11 @@ def rows(counts: Counts) -> Iterator[str]:
     yield f"| {' | '.join(titles)} |"
     yield f"| {' | '.join(['---'] * len(titles))} |"
     for name, found in counts.items():
-        if name in fs.solvers:
+        if noise:
+            solver = fs.solvers[name]
+            strong = str(solver.strong_order) if solver.strong_order else "no path"
+            facts = [str(solver.order), weak(name), strong, str(solver.nfe_per_step)]
+        elif name in fs.solvers:
             solver = fs.solvers[name]
             smooth = f" ({solver.smooth_order})" if solver.smooth_order else ""
             facts = [f"{solver.order}{smooth}", measured(name), str(solver.nfe_per_step)]
@@ -124,10 +165,12 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     torch.set_num_threads(1)
-    counts = conformance()
+    counts, noise = conformance(), stochastic()
     if options.json is not None:
-        options.json.write_text(json.dumps(counts, indent=1) + "\n")
-    print("\n".join(rows(counts)))
+        options.json.write_text(json.dumps({**counts, **noise}, indent=1) + "\n")
+    print("\n".join(rows(counts, False)))
+    print("\n## Stochastic solvers\n")
+    print("\n".join(rows(noise, True)))
 
 
 if __name__ == "__main__":

@@ -26,6 +26,8 @@ which costs several times the arithmetic and depends on what else lives in the p
 benchmark restarts itself with an allocator that keeps its memory (as CUDA's does), for every
 library and for the limit; this favours those that allocate most. `--system-allocator` leaves it.
 
+FEWSTEP_KERNEL=0 in the environment measures fewstep as it is without its compiled kernel.
+
 Numbers are ratios: times are those of a machine and belong in no document.
 """
 
@@ -50,6 +52,7 @@ import torch._dynamo
 from torch import Tensor
 
 import fewstep as fs
+from fewstep._combine import KERNEL
 from fewstep._compiled import compiled
 
 SHAPES = ((1, 4, 64, 64), (1, 16, 128, 128), (1, 16, 21, 60, 104))
@@ -331,21 +334,30 @@ def measure(
 
 
 def report(rows: list[dict[str, object]]) -> None:
-    """Ratios to the limit, and how many times the fastest of ours each of the others takes."""
-    print("| state | output | task | reads | method | to the limit | to fewstep |")
-    print("| --- | --- | --- | --- | --- | --- | --- |")
+    """One line per method, one column per state and output type: how many times the limit, and in
+    brackets, for others, how many times the fastest of ours (not compiled) in the same task."""
+    columns = list(dict.fromkeys((str(r["shape"]), str(r["output"])) for r in rows))
+    cells: dict[tuple[str, str], dict[tuple[str, str], str]] = {}
     for row in rows:
-        same = [r for r in rows if all(r[k] == row[k] for k in ("shape", "output", "task"))]
-        own = min(
+        place = (str(row["shape"]), str(row["output"]))
+        ratio = float(row["to limit"])  # type: ignore
+        own = [
             float(r["to limit"])  # type: ignore
-            for r in same
-            if r["library"] == "fewstep" and not str(r["method"]).endswith("compiled")
-        )
-        times = float(row["to limit"]) / own  # type: ignore
-        print(
-            f"| {row['shape']} | {row['output']} | {row['task']} | {row['reads']} | "
-            f"{row['library']} {row['method']} | {row['to limit']:.2f} | {times:.2f} |"
-        )
+            for r in rows
+            if r["library"] == "fewstep"
+            and not str(r["method"]).endswith("compiled")
+            and (str(r["shape"]), str(r["output"]), r["task"]) == (*place, row["task"])
+        ]
+        cell = f"{ratio:.2f}" if ratio < 10 else f"{ratio:.1f}"
+        if row["library"] != "fewstep":
+            cell += f" ({ratio / min(own):.1f})"
+        line = (f"{row['task']}, {row['reads']}", f"{row['library']} {row['method']}")
+        cells.setdefault(line, {})[place] = cell
+    titles = ["task, tensors read", "method", *(f"{s} {d}" for s, d in columns)]
+    print(f"| {' | '.join(titles)} |")
+    print(f"|{' --- |' * len(titles)}")
+    for line, found in cells.items():
+        print(f"| {' | '.join((*line, *(found[place] for place in columns)))} |")
 
 
 def main() -> None:
@@ -366,7 +378,10 @@ def main() -> None:
     torch._dynamo.config.recompile_limit = 1000  # one model per entry, state and type
     seconds = args.seconds or (4.0 if args.quick else 40.0)
     wanted = [t for t in tasks(args.compile) if args.only is None or args.only in t.name]
-    print(f"torch {torch.__version__}, {args.threads} thread(s), {STEPS} steps a run")
+    print(
+        f"torch {torch.__version__}, {args.threads} thread(s), {STEPS} steps a run, "
+        f"{'with' if KERNEL else 'without'} the compiled kernel"
+    )
     rows: list[dict[str, object]] = []
     with torch.no_grad():
         for shape in SHAPES:

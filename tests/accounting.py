@@ -6,9 +6,22 @@ from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
+import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from fewstep import _combine
+
+#: Values of `_combine.KERNEL` to test with: the compiled kernel, where there is one, and PyTorch's.
+BOTH = [
+    pytest.param(
+        True,
+        id="kernel",
+        marks=pytest.mark.skipif(_combine._kernel is None, reason="installed without a compiler"),
+    ),
+    pytest.param(False, id="eager"),
+]
 
 
 class Operations(TorchDispatchMode):

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 import torch
 
 import fewstep as fs
+from fewstep._noise import Draw
 
 #: Every process of the package, by a short name; tests iterate over it.
 PROCESSES: dict[str, fs.Process] = {
@@ -62,17 +64,108 @@ class Mixture:
         return np.random.default_rng(seed).normal(size=(n, self.dim))
 
 
-def run(plan: fs.Plan, denoise, x: np.ndarray) -> np.ndarray:
-    """A plan by its definition, in numpy: what the real loop must agree with."""
-    states, data = {0: x}, {}
+def normals(plan: fs.Plan, shape: tuple[int, ...], seed: int = 2) -> np.ndarray:
+    """Standard normals for the draws of a plan, (draws, *shape)."""
+    return np.random.default_rng(seed).normal(size=(len(plan.draws), *shape))
+
+
+def run(plan: fs.Plan, denoise, x: np.ndarray, draws: np.ndarray | None = None) -> np.ndarray:
+    """A plan by its definition, in numpy: what the real loop must agree with. draws: of the plan's
+    noise; default `normals`."""
+    return walk(plan, denoise, x, draws)[-1]
+
+
+def walk(plan: fs.Plan, denoise, x: np.ndarray, draws: np.ndarray | None = None) -> list:
+    """Every state of `run`."""
+    z = normals(plan, x.shape) if draws is None else draws
+    states, data = [x], {}
     for i, row in enumerate(plan.rows):
         level = plan.asked(i)
         if plan.calls[i] is not None:
             data[i] = denoise(states[i], level.alpha, level.sigma)
-        states[i + 1] = sum(c * states[j] for j, c in row.a.items()) + sum(
-            c * data[j] for j, c in row.b.items()
-        )
-    return states[len(plan.rows)]
+        parts = ((row.a, states), (row.b, data), (row.e, z))
+        states.append(sum(c * values[j] for terms, values in parts for j, c in terms.items()))
+    return states
+
+
+class Normal:
+    """Data N(mean, std^2), for which every state of a plan is an affine function of the start and
+    the draws: its law is exact, without sampling."""
+
+    def __init__(self, mean: float = 0.7, std: float = 0.4) -> None:
+        self.mean, self.std = mean, std
+
+    def moments(self, level: fs.Level) -> tuple[float, float]:
+        """Mean and standard deviation of the process at a level."""
+        return level.alpha * self.mean, math.hypot(level.alpha * self.std, level.sigma)
+
+    def gain(self, alpha: float, sigma: float) -> float:
+        """Slope of the data prediction: D = mean + gain (x - alpha mean)."""
+        return alpha * self.std**2 / ((alpha * self.std) ** 2 + sigma**2)
+
+    def states(self, plan: fs.Plan, start: tuple[float, float] | None = None) -> np.ndarray:
+        """(states, 2 + draws): every state over (1, the start's normal, the draws). start: mean and
+        standard deviation there; default: of the process."""
+
+        def denoise(v: np.ndarray, alpha: float, sigma: float) -> np.ndarray:
+            gain = self.gain(alpha, sigma)
+            out = gain * v
+            out[0] += self.mean * (1 - gain * alpha)
+            return out
+
+        unit = np.eye(2 + len(plan.draws))
+        mean, std = self.moments(plan.levels[0]) if start is None else start
+        return np.array(walk(plan, denoise, mean * unit[0] + std * unit[1], unit[2:]))
+
+    def laws(self, plan: fs.Plan) -> np.ndarray:
+        """(states, 2): mean and standard deviation of every state."""
+        v = self.states(plan)
+        return np.stack([v[:, 0], np.sqrt((v[:, 1:] ** 2).sum(1))], axis=1)
+
+    def gap(self, plan: fs.Plan) -> float:
+        """Wasserstein-2 distance of the law of the result to that of the process there."""
+        return float(np.hypot(*(self.laws(plan)[-1] - self.moments(plan.levels[-1]))))
+
+
+def reverse_sde(
+    order: int = 1, eta2: float = 1.0, *, weight: float = 0.5, spread: float = 1.0
+) -> fs.Multistep:
+    """The data-form reverse SDE with constant noise level squared eta2, by hand: D held over the
+    step (order 1, weak and strong), or through the last two (order 2, weak),
+
+        x_t = (sigma_t / sigma_s) e^-E x_s + alpha_t A (D_s + w (h / h_prev) (D_s - D_prev))
+              + sigma_t sqrt(1 - e^-2E) z,        E = eta2 h,  A = 1 - e^-(h + E),  w = 1/2
+
+    weight (w) and spread (a factor of the variance of what is drawn) are there to be wrong.
+    """
+
+    def step(process: fs.Process, history: Sequence[fs.Level], end: fs.Level) -> fs.Formula:
+        start, *older = history
+        h, rest = end.lam - start.lam, [0.0] * (len(history) - 1)
+        E = eta2 * h if eta2 else 0.0
+        data = end.alpha * -math.expm1(-h - E) if eta2 else end.alpha * -math.expm1(-h)
+        b, reached = [data, *rest], 1
+        if older and end.sigma > 0 and math.isfinite(older[0].lam):
+            slope = weight * data * h / (start.lam - older[0].lam)
+            b, reached = [data + slope, -slope], 2
+        a = [end.sigma / start.sigma * math.exp(-E), *rest]
+        if not eta2 or end.sigma == 0:
+            return fs.Formula(a, b, reached)
+        draw = Draw(start, end, (eta2 * start.lam, eta2 * end.lam))
+        noise = {draw: end.sigma * math.sqrt(-math.expm1(-2 * E) * spread)}
+        return fs.Formula(a, b, reached, exact=spread == 1, noise=noise)
+
+    return fs.Multistep(
+        f"reverse_sde({order}, {eta2:g})",
+        order,
+        step,
+        "by hand, for tests",
+        "start-up orders 1, 2, ...; at sigma = 0 order 1",
+        stochastic=eta2 > 0,
+        strong_order=1 if eta2 else 0,
+        scaled=lambda s: reverse_sde(order, eta2 * s * s, weight=weight, spread=spread),
+        member=("ddim", "dpmpp_2m")[order - 1],
+    )
 
 
 def network_for(process: fs.Process, predicts: str, denoise) -> fs.Denoiser:

@@ -16,6 +16,8 @@ from fewstep import _analysis
 from fewstep._names import NAMES
 
 SOLVERS = list(fs.solvers)
+DETERMINISTIC = [name for name, entry in fs.solvers.items() if not entry.stochastic]
+STOCHASTIC = [name for name in SOLVERS if name not in DETERMINISTIC]
 
 # -- order ---------------------------------------------------------------------------------------
 
@@ -68,22 +70,26 @@ def reference(where: str) -> tuple[np.ndarray, np.ndarray]:
 
 
 @pytest.mark.parametrize("where", RUNS)
-@pytest.mark.parametrize("solver", SOLVERS)
+@pytest.mark.parametrize("solver", DETERMINISTIC)
 def test_order_is_the_measured_one(solver, where):
     """plan.order() of 16 steps against the errors of whole runs on the same grid, refined."""
     process, grid, sizes = RUNS[where]
     plan = fs.plan(solver, process, grid=grid(16))
     x, exact = reference(where)
-    plans = [fs.plan(solver, process, grid=grid(n)) for n in sizes]
-    errors = [float(np.sqrt(np.mean((run(p, x) - exact) ** 2))) for p in plans]
-    slope = math.log2(errors[-2] / errors[-1])
-    if plan.order() == 0:  # does not converge
+    order = plan.order()
+    for refine in (1, 4):  # methods with large errors on long steps reach their slope later
+        plans = [fs.plan(solver, process, grid=grid(n * refine)) for n in sizes]
+        errors = [float(np.sqrt(np.mean((run(p, x) - exact) ** 2))) for p in plans]
+        slope = math.log2(errors[-2] / errors[-1])
+        if abs(slope - order) < SLACK or order == 0:
+            break
+    if order == 0:  # does not converge
         assert slope < SLACK, errors
     else:
-        assert slope == pytest.approx(plan.order(), abs=SLACK), (errors, _analysis.orders(plan))
+        assert slope == pytest.approx(order, abs=SLACK), (errors, _analysis.orders(plan))
 
 
-@pytest.mark.parametrize("solver", SOLVERS)
+@pytest.mark.parametrize("solver", DETERMINISTIC)
 @pytest.mark.parametrize("process", [fs.VP(), fs.DiscreteVP.scaled_linear()], ids=["vp", "table"])
 def test_bulk_order_is_the_declared_one(solver, process):
     entry = fs.solvers[solver]
@@ -92,7 +98,7 @@ def test_bulk_order_is_the_declared_one(solver, process):
     assert round(found.bulk) == (entry.smooth_order or entry.order), found
 
 
-@pytest.mark.parametrize("solver", SOLVERS)
+@pytest.mark.parametrize("solver", DETERMINISTIC)
 def test_steps_have_the_order_that_their_rows_declare(solver):
     """From exact history a step errs by h^(p + 1), p the order of its last row: in bulk, and, of
     methods that have their order on any grid, from the first step on."""
@@ -115,7 +121,7 @@ def test_steps_have_the_order_that_their_rows_declare(solver):
 
 
 @pytest.mark.parametrize("nfe", [1, 3])
-@pytest.mark.parametrize("solver", SOLVERS)
+@pytest.mark.parametrize("solver", DETERMINISTIC)
 def test_short_plans_have_an_order_too(solver, nfe):
     for process in (fs.EDM(), fs.Flow()):
         plan = fs.plan(solver, process, nfe)
@@ -331,7 +337,7 @@ def test_stability_intervals_of_adams_and_momentum():
             assert noise_form_interval(solver) == pytest.approx(end, rel=5e-3), (r, beta)
 
 
-@pytest.mark.parametrize("solver", SOLVERS)
+@pytest.mark.parametrize("solver", DETERMINISTIC)
 def test_amplification_is_that_of_a_run(solver):
     """The network D = (1 - s) x / alpha, run."""
     plan = fs.plan(solver, fs.VP(), 7, final="min")
@@ -407,7 +413,8 @@ def test_explain(solver):
     plan = fs.plan(solver, fs.VP(), 7)
     text = plan.explain()
     assert text.startswith(f"{solver}: 7 network evaluations")
-    for words in (entry.source, entry.ends, "VP(", f"together {plan.order()}", "Formula"):
+    order = f"{entry.order} (weak)" if entry.stochastic else f"together {plan.order()}"
+    for words in (entry.source, entry.ends, "VP(", order, "Formula"):
         assert words in text
     # the family's formula is there, not only its name
     formula = text.split("Formula")[1].split("Source:")[0]
@@ -416,6 +423,15 @@ def test_explain(solver):
     if solver in NAMES:
         for name in (*NAMES[solver].diffusers, *NAMES[solver].k_diffusion, *NAMES[solver].comfyui):
             assert name in text
+
+
+@pytest.mark.parametrize("nfe", [1, 8])
+@pytest.mark.parametrize("solver", STOCHASTIC)
+def test_orders_of_the_ode_are_refused_for_stochastic_plans(solver, nfe):
+    plan = fs.plan(solver, fs.VP(), nfe)
+    for analysis in (plan.order, plan.error_constant, plan.stability):
+        with pytest.raises(ValueError, match="draws noise"):
+            analysis()
 
 
 def test_names_are_of_solvers():

@@ -157,7 +157,7 @@ def test_refusals():
         fs.analytic_first(run.fuse(), 0.5)
     with pytest.raises(ValueError, match="one evaluation"):
         fs.analytic_first(fs.plan("ddim", process, 1), 0.5)
-    with pytest.raises(ValueError, match="does not begin"):
+    with pytest.raises(ValueError, match="analytic first step already"):
         fs.analytic_first(fs.analytic_first(run, 0.5), 0.5)
     with pytest.raises(ValueError, match="nfe = 0"):
         fs.begin_analytically("ddim", process, 0, std=0.5, first=False, skip={"rho": 3.0})

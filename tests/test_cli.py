@@ -93,7 +93,7 @@ def test_help(command):
         ("sample -m digit", "did you mean 'digits'"),
         ("sample -o samples.xyz", "give a picture's name"),
         ("sample -o no/such/folder.png", "does not exist"),
-        ("sample --plan nowhere", "no such plan file"),
+        ("sample --plan nowhere", "no such file"),
         ("sample --device warp", "device = warp"),
         ("sample --guidance nan", "scale = nan"),
         ("sample --seed -1", "seed = -1"),

@@ -1,4 +1,9 @@
-"""What `advance` does beside the arithmetic, for every solver: nothing; and what it allocates."""
+"""What `advance` does beside the arithmetic, for every solver: nothing; and what it allocates.
+
+Operations are counted by a dispatch mode, under which `combine` takes PyTorch's kernels: what is
+counted is what CUDA runs. The compiled kernel is given addresses and calls nothing; what is around
+it is the same code. Allocation is measured on both.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +13,9 @@ import pytest
 import torch
 
 import fewstep as fs
-from accounting import Operations, peak_bytes
+from accounting import BOTH, Operations, peak_bytes
+from fewstep import _combine
+from fewstep._noise import Noise, as_source
 
 NFE = 7
 SHAPE = (2, 5, 21, 33)  # no axis of length 1, and small enough for the path that minds calls
@@ -18,6 +25,7 @@ READS = {"aten::_local_scalar_dense", "aten::item", "aten::is_nonzero", "aten::n
 READS |= {"aten::equal", "aten::allclose", "aten::masked_select", "aten::unique"}
 COPIES = {"aten::_to_copy", "aten::copy_", "aten::clone", "aten::lift_fresh", "aten::scalar_tensor"}
 
+STOCHASTIC = [name for name, entry in fs.solvers.items() if entry.stochastic]
 solvers = pytest.mark.parametrize("solver", list(fs.solvers), ids=str)
 fused = pytest.mark.parametrize("fuse", [False, True], ids=["plain", "cheapest"])
 
@@ -32,11 +40,18 @@ def noise(shape, dtype=torch.float32, seed=0):
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
+def started(plan, x):
+    """A run whose draws are there already: what an `advance` does beside making them."""
+    draws = noise((max(1, len(plan.draws)), *x.shape), x.dtype, 2)
+    return plan.start(x, noise=draws)
+
+
 def watched(plan, shape, dtype, state_dtype=torch.float32):
     """The operations of every `advance` of a run."""
-    state, out = plan.start(noise(shape, state_dtype)), noise(shape, dtype, 1)
+    state, out = started(plan, noise(shape, state_dtype)), noise(shape, dtype, 1)
     with torch.no_grad():
-        state.advance(out)  # constants, once per process
+        with Operations():
+            state.advance(out)  # constants, once per process
         seen = Operations()
         while not state.done:
             state.query()
@@ -87,7 +102,8 @@ def test_nothing_but_the_states_device_is_touched(solver, fuse):
     plan = compiled(solver, fuse)
     state, out = plan.start(noise(SHAPE)), noise(SHAPE, torch.bfloat16).to("meta")
     states = {j: v.to("meta") for j, v in state.states.items()}
-    state = dataclasses.replace(state, states=states)
+    draws = as_source(noise((max(1, len(plan.draws)), *SHAPE)).to("meta"))
+    state = dataclasses.replace(state, states=states, noise=draws)
     while not state.done:
         with Devices() as seen:
             state = state.advance(out)
@@ -107,9 +123,24 @@ def test_the_count_sees_what_it_forbids():
     assert seen.numbers["aten::exp"] == 1
 
 
+@pytest.mark.parametrize("path", [False, True], ids=["fresh", "path"])
+@pytest.mark.parametrize("solver", STOCHASTIC)
+def test_making_noise_reads_nothing_either(solver, path):
+    """Draws of the default source are made where the state is, and the host waits for none."""
+    plan = compiled(solver, True)
+    for shape in (SHAPE, LARGE):
+        state, out = plan.start(noise(shape), noise=Noise(3, path=path)), noise(shape, seed=1)
+        with torch.no_grad():
+            while not state.done:
+                with Operations() as seen:
+                    state = state.advance(out)
+                assert not READS & set(seen.names)
+
+
 def allowed(plan):
-    """Tensors alive at once in a run, beside the start and the output: at every call what later
-    rows need, and within `advance` what its rows make until its rows are done with it."""
+    """Tensors alive at once in a run, beside the start, the draws and the output: at every call
+    what later rows need, and within `advance` what its rows make until its rows are done with it.
+    """
     last = {}
     for made, row in enumerate(plan.rows, plan.given):
         last |= {("X", j): made for j in row.a} | {("D", j): made for j in row.b}
@@ -132,13 +163,17 @@ def allowed(plan):
 
 @solvers
 @fused
-def test_allocates_what_the_rows_need(solver, fuse):
+@pytest.mark.parametrize("kernel", BOTH)
+def test_allocates_what_the_rows_need(solver, fuse, kernel, monkeypatch):
+    monkeypatch.setattr(_combine, "KERNEL", kernel)
     plan = compiled(solver, fuse)
     for dtype in (torch.float32,) if plan.raw else (torch.float32, torch.bfloat16):
         x, out = noise(LARGE), noise(LARGE, dtype, 1)
 
-        def run(x=x, out=out):
-            state = plan.start(x)
+        begin = started(plan, x)
+
+        def run(begin=begin, x=x, out=out):
+            state = plan.start(x, noise=begin.noise)
             while not state.done:
                 state = state.advance(out)
             return state.x

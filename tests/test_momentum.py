@@ -359,7 +359,7 @@ def test_up_and_down_again():
         (lambda: ipndm(0), "order = 0"),
         (lambda: ghvb(2, 0.0), "beta = 0"),
         (lambda: ghvb(2, 1.5), "beta = 1.5"),
-        (lambda: heavy_ball("ddmi", 0.9), "did you mean 'ddim'"),
+        (lambda: heavy_ball("ddimm", 0.9), "did you mean 'ddim'"),
         (lambda: heavy_ball(3, 0.9), "base = 3"),  # pyright: ignore[reportArgumentType]
         (lambda: heavy_ball("unipc_2", 0.9), "base = 'unipc_2'.*corrector"),
         (lambda: heavy_ball("ddim", 0.9, plain=0), "plain = 0"),
@@ -376,4 +376,21 @@ def test_up_and_down_again():
 )
 def test_refusals(make, words):
     with pytest.raises(ValueError, match=words):
+        make()
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: fs.unic("ddpm"),
+        lambda: fs.heavy_ball("sde_dpmpp_2m", 0.9),
+        lambda: fs.dualfast("ddpm"),
+        lambda: fs.bdia("ddpm", 0.5),
+        lambda: fs.started(fs.solvers["sde_dpmpp_2m"], fs.solvers["heun"], [2]),
+        lambda: fs.started(fs.solvers["dpmpp_2m"], fs.solvers["seeds_2"], [2]),
+    ],
+)
+def test_what_builds_on_a_deterministic_solver_refuses_a_stochastic_one(make):
+    """Their rows would leave out its noise, or take a corrected state for the one that had it."""
+    with pytest.raises(ValueError, match="draws noise"):
         make()

@@ -33,17 +33,54 @@ def toy(process, history, end):
 fs.solvers.register(fs.Multistep("toy", ORDER, toy, "a method of two nodes, by hand", "START"))
 '''
 START = "start-up orders 1, 2, ...; at sigma = 0 order 1"
+#: The same of the reverse SDE (eta^2 = `eta2`), whose draws lie on one path: `CLOCK`.
+NOISY = '''
+"""Adams-Bashforth: x_t = (sigma_t / sigma_s) e^-E x_s + W_0 D_s + W_1 D_{s-1} + v z."""
+import fewstep as fs
+from fewstep._noise import Draw
+from math import exp, expm1, isinf, sqrt
+
+
+def made(eta2):
+    def toy(process, history, end):
+        start, rest = history[0], [0.0] * (len(history) - 1)
+        h = end.lam - start.lam
+        E = eta2 * h if eta2 else 0.0
+        total = -end.alpha * expm1(-h - E)
+        b, order = [total, *rest], 1
+        if len(history) == 2 and not isinf(history[1].lam) and end.sigma > 0:
+            extra = WEIGHT * total * h / (start.lam - history[1].lam)
+            b, order = [total + extra, -extra], 2
+        a = [end.sigma / start.sigma * exp(-E), *rest]
+        if not eta2 or end.sigma == 0:
+            return fs.Formula(a, b, order)
+        draw = Draw(start, end, CLOCK)
+        return fs.Formula(a, b, order, noise={draw: end.sigma * sqrt(-expm1(-2 * E))})
+
+    return fs.Multistep(
+        "toy", ORDER, toy, "a method of two nodes, by hand", "START", stochastic=eta2 > 0,
+        strong_order=int(eta2 > 0), scaled=lambda s: made(eta2 * s * s), member="dpmpp_2m",
+    )
+
+
+fs.solvers.register(made(1.0))
+'''
+PLACES = "(eta2 * start.lam, eta2 * end.lam)"
 #: Every file that iterates over the registry, and what of it concerns one solver.
 FILES = ("test_solvers", "test_plan", "test_transform", "test_cost", "test_analysis", "test_docs")
+FILES_OF_NOISE = ("test_weak", "test_strong", "test_transition")
 CHOSEN = "toy or (test_ends and edm and karras and not budgets)"
 
 
-def check(folder: Path, weight: float, order: int) -> tuple[int, str]:
+def check(
+    folder: Path, weight: float, order: int, toy: str = TOY, clock: str = PLACES
+) -> tuple[int, str]:
     """Exit code and output of the checks with the toy registered."""
-    text = TOY.replace("WEIGHT", str(weight)).replace("ORDER", str(order)).replace("START", START)
+    text = toy.replace("WEIGHT", str(weight)).replace("ORDER", str(order)).replace("START", START)
+    text = text.replace("CLOCK", clock)
     (folder / "toy_plugin.py").write_text(text)
     paths = [str(folder), str(TESTS), os.environ.get("PYTHONPATH", "")]
-    files = [str(TESTS / f"{name}.py") for name in FILES]
+    files = [str(TESTS / f"{name}.py") for name in (*FILES, *(FILES_OF_NOISE * (toy == NOISY)))]
     command = [sys.executable, "-m", "pytest", "-p", "toy_plugin", "-n", "0", *files, "-k", CHOSEN]
     done = subprocess.run(
         [*command, "-o", "addopts=", "-m", "not slow", "-p", "no:cacheprovider", "-rf"],
@@ -69,3 +106,21 @@ def test_a_wrong_one_fails(tmp_path, weight, order):
     assert code == 1, text[-3000:]
     assert "FAILED" in text
     assert "test_measured_order_is_the_declared_one[toy" in text
+
+
+def test_a_stochastic_one_gets_every_check(tmp_path):
+    code, text = check(tmp_path, weight=0.5, order=2, toy=NOISY)
+    assert code == 0, text[-3000:]
+    counted = re.search(r"(\d+) passed", text)
+    assert counted
+    assert int(counted[1]) >= 48
+
+
+@pytest.mark.parametrize(
+    ("weight", "clock", "test"),
+    [(0.4, PLACES, "test_weak_order"), (0.5, "(0.0, h)", "test_strong_order")],
+)
+def test_a_wrong_stochastic_one_fails(tmp_path, weight, clock, test):
+    code, text = check(tmp_path, weight, order=2, toy=NOISY, clock=clock)
+    assert code == 1, text[-3000:]
+    assert f"{test}_is_the_declared_one[toy" in text.replace("on_one_path_", "")

@@ -123,3 +123,35 @@ def test_score_is_refused_where_noise_and_data_are_coupled():
     with pytest.raises(ValueError, match="there is no score"):
         fs.Denoiser(lambda x, t: x, coupled, "score")
     fs.Denoiser(lambda x, t: x, coupled, "flow")
+
+
+@pytest.mark.parametrize("name", ["flow", "vp", "edm", "cosine"])
+def test_velocity_of_any_path(name):
+    """dx/dt of a path, by its formula, and the score and the data that it means."""
+    t = 0.4
+    process, rates = {
+        "flow": (fs.Flow(), lambda t: (-1.0, 1.0)),
+        "edm": (fs.EDM(), lambda t: (0.0, 1.0)),
+        "cosine": (
+            fs.CosineVP(s=0.0),
+            lambda t: tuple(
+                0.5 * math.pi * f for f in (-math.sin(math.pi * t / 2), math.cos(math.pi * t / 2))
+            ),
+        ),
+        "vp": (fs.VP(), lambda t: _vp_rates(fs.VP().level(t))),
+    }[name]
+    h = 1e-6
+    da, ds = ((float(f(t + h)) - float(f(t - h))) / (2 * h) for f in (process.alpha, process.sigma))
+    assert rates(t) == pytest.approx((da, ds), rel=1e-7, abs=1e-9)
+    level, D, e = process.level(t), 0.3, -1.2
+    x = level.alpha * D + level.sigma * e
+    u = rates(t)[0] * D + rates(t)[1] * e
+    kind = fs._prediction.velocity(rates)
+    assert fs.convert(u, x, level, kind, "data") == pytest.approx(D, rel=1e-12)
+    assert fs.convert(u, x, level, kind, "score") == pytest.approx(-e / level.sigma, rel=1e-12)
+    assert fs.convert(D, x, level, "data", kind) == pytest.approx(u, rel=1e-12)
+
+
+def _vp_rates(level: fs.Level) -> tuple[float, float]:
+    beta = 0.1 + 19.9 * level.t
+    return -0.5 * beta * level.alpha, 0.5 * beta * level.alpha**2 / level.sigma

@@ -139,9 +139,10 @@ def test_it_repairs_a_state_of_the_wrong_noise_level():
     """A state with more noise than its time says: the exact network of a Gaussian, told the right
     time, finds the noise that is there; at the nominal time it does not."""
     process, v = fs.VP(), 0.05
-    data = fs.exact.Gaussian(np.zeros(400), v)
+    d = 20000  # the time is found from the sample's variance, to 1 / sqrt(d)
+    data = fs.exact.Gaussian(np.zeros(d), [v] * d)
     t, true = 0.30, process.level(0.34)
-    x0, noise = data.sample(3, 0), fs.start_noise((3, 400), 1).double()
+    x0, noise = data.sample(3, 0), fs.start_noise((3, d), 1).double()
     x = true.alpha * x0 + true.sigma * noise
     model = data.denoiser(process, "noise")
     level = process.level(t)

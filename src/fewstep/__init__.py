@@ -15,23 +15,38 @@ from ._adaptive import AdaptiveResult, sample_adaptive
 from ._analysis import ErrorConstant, Orders, Stability
 from ._analytic import analytic_first, begin_analytically
 from ._basis import Basis, Channel, Cosine, Identity, LowRank
+from ._batch import Batch, batch
 from ._compiled import Compiled, compiled
 from ._denoiser import Denoiser, Guided, Model
+from ._gddim import Blurring, dissipation
 from ._grid_search import CostGrid, dmn, gits
 from ._grid_tables import NodeList, node_lists
 from ._grids import Grid, arctan, beta, grids, karras, power, replaced, shifted, softened, tabulated
 from ._hooks import chain, clip, dynamic_threshold
-from ._noise import start_noise
+from ._interpolant import Gamma, Interpolant, gammas
+from ._langevin import (
+    GibbsSample,
+    denoising_gibbs,
+    langevin,
+    sample_corrected,
+    sample_levenberg,
+)
+from ._mean_reverting import Centred, MeanReverting, restore
+from ._noise import BrownianPath, Draw, Noise, Source, start_noise
+from ._on_path import on_path
+from ._pfgm import PFGM
 from ._plan import Call, Hook, Plan, Row, State
-from ._prediction import Prediction, convert, edm, predictions
+from ._prediction import Prediction, convert, edm, predictions, velocity
 from ._process import EDM, VE, VP, CosineVP, Custom, DiscreteVP, Flow, Level, Process
 from ._sampling import Record, plan, sample, steps
 from ._segment import add_noise
 from ._shifted import TimeShifted
 from ._solvers._base import Draft, Formula, Multistep, Solver
 from ._solvers._exponential import exponential
+from ._solvers._flow_sde import flow_grpo, noise_in_steps
 from ._solvers._gaussian import gaussian
 from ._solvers._momentum import dualfast, ghvb, heavy_ball, ipndm, unic
+from ._solvers._noisy import churn, predictor_corrector, restart
 from ._solvers._pndm import Started, pndm, started
 from ._solvers._registry import solvers
 from ._solvers._reversible import bdia, edict, reversible_heun, second_state, walk
@@ -43,18 +58,28 @@ from ._solvers._runge_kutta import (
     runge_kutta,
     tableaus,
 )
+from ._solvers._seeds import ancestral_singlestep, dpmpp_sde, seeds
 from ._solvers._singlestep import Singlestep, singlestep
+from ._solvers._stochastic import Window, ancestral, er_sde, jump, sa_solver, sde
+from ._stacked import stacked
 from ._statistics import Statistics, scales_from_data, scales_from_jacobian, scales_from_model
+from ._transition import Transition
+from ._tree import Tree, TreeState, tree
 from ._version import __version__
 from ._weights import weights
 
 __all__ = [
     "EDM",
+    "PFGM",
     "VE",
     "VP",
     "AdaptiveResult",
     "Basis",
+    "Batch",
+    "Blurring",
+    "BrownianPath",
     "Call",
+    "Centred",
     "Channel",
     "Compiled",
     "Cosine",
@@ -64,18 +89,24 @@ __all__ = [
     "Denoiser",
     "DiscreteVP",
     "Draft",
+    "Draw",
     "ErrorConstant",
     "Flow",
     "Formula",
+    "Gamma",
+    "GibbsSample",
     "Grid",
     "Guided",
     "Hook",
     "Identity",
+    "Interpolant",
     "Level",
     "LowRank",
+    "MeanReverting",
     "Model",
     "Multistep",
     "NodeList",
+    "Noise",
     "Orders",
     "PhiTable",
     "Plan",
@@ -85,64 +116,94 @@ __all__ = [
     "Row",
     "Singlestep",
     "Solver",
+    "Source",
     "Stability",
     "Started",
     "State",
     "Statistics",
     "Tableau",
     "TimeShifted",
+    "Transition",
+    "Tree",
+    "TreeState",
+    "Window",
     "__version__",
     "add_noise",
     "analytic_first",
+    "ancestral",
+    "ancestral_singlestep",
     "arctan",
+    "batch",
     "bdia",
     "begin_analytically",
     "beta",
     "chain",
+    "churn",
     "clip",
     "compiled",
     "convert",
+    "denoising_gibbs",
+    "dissipation",
     "dmn",
+    "dpmpp_sde",
     "dualfast",
     "dynamic_threshold",
     "edict",
     "edm",
+    "er_sde",
     "exact",
     "exponential",
     "exponential_runge_kutta",
+    "flow_grpo",
+    "gammas",
     "gaussian",
     "ghvb",
     "gits",
     "grids",
     "heavy_ball",
     "ipndm",
+    "jump",
     "karras",
+    "langevin",
     "models",
     "node_lists",
+    "noise_in_steps",
+    "on_path",
     "phi_tables",
     "plan",
     "pndm",
     "power",
     "predictions",
+    "predictor_corrector",
     "replaced",
+    "restart",
+    "restore",
     "reversible_heun",
     "runge_kutta",
+    "sa_solver",
     "sample",
     "sample_adaptive",
+    "sample_corrected",
+    "sample_levenberg",
     "scales_from_data",
     "scales_from_jacobian",
     "scales_from_model",
+    "sde",
     "second_state",
+    "seeds",
     "shifted",
     "singlestep",
     "softened",
     "solvers",
+    "stacked",
     "start_noise",
     "started",
     "steps",
     "tableaus",
     "tabulated",
+    "tree",
     "unic",
+    "velocity",
     "walk",
     "weights",
 ]

@@ -462,7 +462,7 @@ def _sample(
     _check_hook(hook, whole)
     seed, first, device, dtype = draw
     device = model.device if device is None else device
-    x = _begin(whole, shape, seed, first, x, device, dtype).x
+    x = _begin(whole, shape, seed, first, None, x, device, dtype, model.process).x
     run = _Run(model, method, whole, x, cond, hook)
     bar = tqdm(total=100, unit="%", delay=1.0, leave=False, disable=not progress)
     with torch.no_grad(), bar:

@@ -53,6 +53,7 @@ from ._plan import Plan, Row
 from ._process import Array, CosineVP, Level, Process
 from ._solvers._base import Draft, Solver
 from ._solvers._registry import solvers
+from ._solvers._singlestep import Singlestep
 
 __all__ = [
     "ErrorConstant",
@@ -273,8 +274,22 @@ def _errors(grid: _Grid, i: int, shrink: float) -> list[float]:
     return [_local_error(draft, step, problem) for step in _steps(draft, times)]
 
 
+def _stochastic(plan: Plan) -> bool:
+    """Whether it draws, or its solver would with more evaluations."""
+    return plan.stochastic or (plan.origin is not None and plan.origin.solver.stochastic)
+
+
+def _deterministic(plan: Plan) -> None:
+    if _stochastic(plan):
+        raise ValueError(
+            "plan: it draws noise; order conditions, error constants and stability are those of "
+            "the ODE. The weak order is declared by the solver, and by every row"
+        )
+
+
 def orders(plan: Plan) -> Orders:
     """The orders of the bulk, the start and the end of a plan; see the head of this module."""
+    _deterministic(plan)
     source = _source(plan)
     if source is None:
         return _declared(plan)
@@ -565,6 +580,7 @@ def _interval(frozen: _Frozen, h: float) -> tuple[float, float]:
 
 def stability(plan: Plan) -> Stability:
     """Regions of linear stability of every step, and their limits on the real axis."""
+    _deterministic(plan)
     draft = _draft(plan)
     nodes = _nodes(plan)
     steps = _steps(draft, nodes)
@@ -652,6 +668,7 @@ def _moment_error(draft: Draft, step: range, start: Level, k: int) -> float:
 def error_constant(plan: Plan, found: Orders | None = None) -> ErrorConstant:
     """Leading constants of the local error of every step, and of equal small steps. found: the
     orders of the plan, if they are known already."""
+    _deterministic(plan)
     draft = _draft(plan)
     steps = _steps(draft, _nodes(plan))
     starts = [draft.levels[step.start - 1] for step in steps]
@@ -696,8 +713,16 @@ def _family(solver: Solver) -> tuple[str, str]:
     """The mathematics of the solver's family, from where it is implemented, and the parameters."""
     parts = vars(solver).values() if hasattr(solver, "__dict__") else ()
     home = type(solver).__module__
-    numbers = next((v for v in parts if is_dataclass(v) and type(v).__module__ != _BASE), solver)
-    home = type(numbers).__module__ if numbers is not solver else home
+    numbers = next(
+        (
+            v
+            for v in parts
+            if is_dataclass(v) and not isinstance(v, Solver) and type(v).__module__ != _BASE
+        ),
+        solver,
+    )
+    if numbers is not solver and home in (_BASE, Singlestep.__module__):
+        home = type(numbers).__module__
     values = (
         {f.name: getattr(numbers, f.name) for f in fields(numbers)}
         if is_dataclass(numbers) and numbers is not solver
@@ -706,6 +731,7 @@ def _family(solver: Solver) -> tuple[str, str]:
     plain = [f"{k} = {v}" for k, v in values.items() if isinstance(v, (str, int, float, bool))]
     if home == _BASE:  # a coefficient function of one's own: what it, or its module, says of itself
         step = getattr(solver, "step", None)
+        step = getattr(step, "func", step)  # of a functools.partial
         home = getattr(step, "__module__", home)
         text = getattr(step, "__doc__", None) or getattr(sys.modules.get(home), "__doc__", None)
         return inspect.cleandoc(text or ""), ", ".join(plain)
@@ -741,9 +767,15 @@ def explain(plan: Plan) -> str:
     elif plan.raw or plan.basis is not None or not known:
         out += ["", "Formula", "  X[i+1] = sum a X + sum b D; print the plan for its coefficients."]
     out += ["", "Order"]
-    found = orders(plan)
     said = [row.order for row in plan.rows]
     out.append(f"  declared by rows: {', '.join(map(str, said))}")
+    if _stochastic(plan):
+        out.append(f"  stochastic ({len(plan.draws)} draws): orders are weak, of moments")
+        if known is not None:
+            strong = known.strong_order or "none, its draws belong to no path"
+            out.append(f"  of the method: {known.order} (weak), {strong} (strong)")
+        return "\n".join([*out, *_elsewhere(name)])
+    found = orders(plan)
     if known is not None and known.smooth_order:
         out.append(
             f"  of the method: {known.order} on any grid, {known.smooth_order} on smooth ones"
@@ -772,11 +804,16 @@ def explain(plan: Plan) -> str:
             out.append(f"  some steps amplify for s below {regions.least:.2g}")
     except ValueError as error:
         out.append(f"  {error}")
+    return "\n".join([*out, *_elsewhere(name)])
+
+
+def _elsewhere(name: str) -> list[str]:
+    """What other code calls a solver."""
     also = NAMES.get(name)
-    if also is not None:
-        out += ["", "Elsewhere"]
-        rows = (("diffusers", also.diffusers), ("k-diffusion", also.k_diffusion))
-        for label, entries in (*rows, ("ComfyUI", also.comfyui)):
-            out.append(f"  {label + ':':<13}{'; '.join(entries) or 'none'}")
-        out += [f"  Note: {note}." for note in also.notes]
-    return "\n".join(out)
+    if also is None:
+        return []
+    out = ["", "Elsewhere"]
+    rows = (("diffusers", also.diffusers), ("k-diffusion", also.k_diffusion))
+    for label, entries in (*rows, ("ComfyUI", also.comfyui)):
+        out.append(f"  {label + ':':<13}{'; '.join(entries) or 'none'}")
+    return out + [f"  Note: {note}." for note in also.notes]

@@ -23,6 +23,7 @@ unit variance, sigma x / (1 + sigma^2); USF has c = 0 with mu = 0 or the mean of
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from numbers import Integral
 from typing import Any
@@ -93,42 +94,45 @@ def analytic_first(run: Plan, std: ArrayLike, mean: ArrayLike | None = None) -> 
     if run.raw:
         raise ValueError("plan: a fused plan has no data predictions; use the plan unfused")
     calls = [j for j, call in enumerate(run.calls) if call is not None]
-    if not calls or calls[0] != 0 or run.given != 1:
-        raise ValueError(f"plan: {run!r} does not begin by asking about its first state")
+    if "first step" in run.about.get("analytic", ""):
+        raise ValueError(f"plan: {run!r} has an analytic first step already")
+    if not calls or run.given != 1:
+        raise ValueError(f"plan: {run!r} starts from several states, or asks about none")
+    asked = calls[0]
     if len(calls) < 2:
         raise ValueError(f"plan: {run!r} has one evaluation; without it no network would be asked")
-    if run.asked(0) != run.levels[0]:
+    if run.asked(asked) != run.levels[asked]:
         raise ValueError("plan: its first state is asked about at another level than its own")
     if mean is not None:
         run = _placed(run, _basis(mean, None))
-    level, c = run.levels[0], _scales(std, run.basis)
+    level, c = run.levels[asked], _scales(std, run.basis)
     square = level.alpha * c**2
     g = square / (level.alpha * square + level.sigma**2)
     return replace(
         run,
-        rows=tuple(_replaced(row, g) for row in run.rows),
-        calls=(None, *run.calls[1:]),
+        rows=tuple(_replaced(row, g, asked) for row in run.rows),
+        calls=tuple(None if j == asked else call for j, call in enumerate(run.calls)),
         about={**run.about, "analytic": "first step"},
         origin=None,
     )
 
 
-def _replaced(row: Row, g: Any) -> Row:
-    """b_0 D_0 as b_0 g X_0."""
-    if 0 not in row.b:
+def _replaced(row: Row, g: Any, j: int) -> Row:
+    """b_j D_j as b_j g X_j."""
+    if j not in row.b:
         return row
     a, b = dict(row.a), dict(row.b)
-    a[0] = a.get(0, 0.0) + b.pop(0) * g
-    return _row({j: v for j, v in a.items() if np.any(v != 0)}, b)
+    a[j] = a.get(j, 0.0) + b.pop(j) * g
+    return _row({k: v for k, v in a.items() if np.any(v != 0)}, b, row.e)
 
 
-def _row(a: dict[int, Any], b: dict[int, Any]) -> Row:
+def _row(a: dict[int, Any], b: dict[int, Any], e: Mapping[int, Any] | None = None) -> Row:
     """A row that the Gaussian made."""
-    if not b and len(a) == 1:
+    if not b and not e and len(a) == 1:
         # 1 as an array: this step is no idle one, which plans refuse. Unit data on a VP process
         # stay where they are, but for their mean.
         a = {j: np.ones(1) if np.ndim(v) == 0 and v == 1 else v for j, v in a.items()}
-    return Row(a, b, 0, exact=False)
+    return Row(a, b, 0, exact=False, e=e or {})
 
 
 def _skip(run: Plan, process: Process, c: Any) -> Plan:
@@ -145,7 +149,7 @@ def _skip(run: Plan, process: Process, c: Any) -> Plan:
     rows = [_row({0: k}, {})]
     for row in run.rows:
         a, b = ({j + 1: v for j, v in terms.items()} for terms in (row.a, row.b))
-        rows.append(Row(a, b, row.order, row.exact))
+        rows.append(Row(a, b, row.order, row.exact, row.e))
     return replace(
         run,
         levels=(s, *run.levels),

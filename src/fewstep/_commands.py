@@ -18,6 +18,7 @@ from rich.table import Table
 
 from ._denoiser import Guided, Model
 from ._grids import grids
+from ._noise import Noise
 from ._plan import Plan
 from ._prediction import predictions, unknown
 from ._process import EDM, VE, VP, CosineVP, DiscreteVP, Flow, Process
@@ -105,6 +106,12 @@ def sample_command(
     ] = 1.5,
     count: Annotated[int, typer.Option(help="Number of samples.")] = 50,
     seed: Annotated[int, typer.Option(help="Sample k depends on the seed and k alone.")] = 0,
+    path: Annotated[
+        bool,
+        typer.Option(
+            "--path", help="Stochastic solvers: one Brownian path, which more steps refine."
+        ),
+    ] = False,
     plan_file: Annotated[
         Path | None,
         typer.Option("--plan", help="Run this saved plan instead of solver, grid, nfe and final."),
@@ -136,8 +143,17 @@ def sample_command(
                 raise ValueError(f"{name} is fixed by the plan {plan_file}; leave --{name} out")
         chosen = Plan.load(plan_file)
     begin = time.perf_counter()
+    if path and not chosen.stochastic:
+        name = chosen.about.get("solver", "the plan")
+        raise ValueError(f"path: {name} draws no noise; `fewstep solvers` says which ones do")
     x = sample(
-        denoiser, (count, *bundled.shape), solver=chosen, seed=seed, cond=cond, device=device
+        denoiser,
+        (count, *bundled.shape),
+        solver=chosen,
+        seed=seed,
+        noise=Noise(seed, path=path),
+        cond=cond,
+        device=device,
     )
     seconds = time.perf_counter() - begin
     low, high = bundled.data_range
@@ -225,6 +241,8 @@ def solvers_command() -> None:
         order = str(solver.order)
         if solver.smooth_order:
             order += f" ({solver.smooth_order} on smoothly graded grids)"
+        if solver.stochastic:
+            order += f" weak, {solver.strong_order} strong" if solver.strong_order else " weak"
         ends = f"{solver.ends}. Fragile: {solver.fragile}" if solver.fragile else solver.ends
         table.add_row(name + also, order, str(solver.nfe_per_step), ends, solver.source)
     _console().print(table)

@@ -7,13 +7,14 @@ step. Here they are rows of one small tensor on the device, uploaded once per ru
     out = network(c_in x, c_noise),   v' = p x + q out,   x' = sum_s a_s X_s + sum_m b_m V_m
 
 over fixed windows of past states X and past values V, padded with zeros while a run starts up.
-V are data predictions, or raw outputs (p = 0, q = 1) where rows then have fewer terms.
+V are data predictions, or raw outputs (p = 0, q = 1) where rows then have fewer terms. What a
+stochastic step draws is summed outside and comes in as one more tensor.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -21,7 +22,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ._combine import combine
 from ._denoiser import Guided, Model, check_output
+from ._noise import Noise, Source, as_source
 from ._plan import Plan
 from ._process import Array, Level
 from ._transform import fuse
@@ -40,6 +43,7 @@ class _Program:
     states: int
     values: int
     scaled: bool
+    plan: Plan
 
 
 def _program(plan: Plan) -> _Program:
@@ -53,7 +57,7 @@ def _program(plan: Plan) -> _Program:
         )
     rows, calls = fused.rows, [call for call in fused.calls if call is not None]
     for row in rows:
-        if not all(isinstance(c, (int, float)) for c in (*row.a.values(), *row.b.values())):
+        if not all(isinstance(c, (int, float)) for c in row.coefficients):
             raise ValueError(f"plan: {plan!r} has coefficients per mode; only numbers are compiled")
     states = max(made - j for made, row in enumerate(rows, 1) for j in (*row.a, made - 1))
     values = max(made - j for made, row in enumerate(rows, 1) for j in (*row.b, made - 1))
@@ -68,7 +72,25 @@ def _program(plan: Plan) -> _Program:
     if plan.integer_times:
         times = times.astype(np.int64)
     levels = tuple(fused.asked(i) for i in range(len(rows)))
-    return _Program(table, times, levels, states, values, any(call.c_in != 1 for call in calls))
+    scaled = any(call.c_in != 1 for call in calls)
+    return _Program(table, times, levels, states, values, scaled, fused)
+
+
+def _noise(program: _Program, like: Tensor, source: Source) -> Iterator[Tensor | None]:
+    """What every step adds: sum e Z; None for a plan without draws."""
+    plan, kept = program.plan, dict[int, Tensor]()
+    last = plan._last_use[2]
+    for made, row in enumerate(plan.rows, 1):
+        if not plan.draws:
+            yield None
+        elif not row.e:
+            yield torch.zeros_like(like)
+        else:
+            for m in row.e:
+                if m not in kept:
+                    kept[m] = source.draw(plan.draws[m], m, like)
+            yield combine([(c, kept[m]) for m, c in row.e.items()], like.dtype)
+            kept = {m: z for m, z in kept.items() if last[m] > made}
 
 
 def _decided(model: Model, level: Level, made: dict[tuple[int, bool], Model]) -> Model:
@@ -96,6 +118,7 @@ def _step(
     values: tuple[Tensor, ...],
     row: Tensor,
     time: Tensor,
+    noise: Tensor | None,
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
     """(new state, new value if later rows need any): what is compiled. Windows newest first."""
     x = states[0]
@@ -106,6 +129,8 @@ def _step(
     total = weights[0] * x
     for c, v in zip(weights[1:], (*states[1:], value, *values), strict=True):
         total = total + c * v
+    if noise is not None:
+        total = total + noise
     return total, ((value,) if values else ())
 
 
@@ -116,10 +141,12 @@ class Compiled:
     model: Model
     step: Callable[..., tuple[Tensor, tuple[Tensor, ...]]]
 
-    def __call__(self, plan: Plan, x: Tensor, cond: Mapping[str, Any] | None = None) -> Tensor:
+    def __call__(
+        self, plan: Plan, x: Tensor, cond: Mapping[str, Any] | None = None, noise: Any = 0
+    ) -> Tensor:
         """Run a plan from x, (batch, ...) noise of scale `plan.prior_std`: the sample, in float32
-        or better. Equal to the plain loop up to rounding."""
-        sample = self._load(plan, x, dict(cond or {}))()
+        or better. Equal to the plain loop up to rounding. noise: as in `Plan.start`."""
+        sample = self._load(plan, x, dict(cond or {}), as_source(noise))()
         if not bool(torch.isfinite(sample).all()):
             raise FloatingPointError(
                 "the sample contains NaN or inf; run it uncompiled (fewstep.sample) to learn at "
@@ -127,7 +154,9 @@ class Compiled:
             )
         return sample
 
-    def _load(self, plan: Plan, x: Tensor, cond: Mapping[str, Any]) -> Callable[[], Tensor]:
+    def _load(
+        self, plan: Plan, x: Tensor, cond: Mapping[str, Any], source: Source | None = None
+    ) -> Callable[[], Tensor]:
         """Everything before the first step: the program, its tables on the device."""
         program = _program(plan)
         x = plan.start(x).x
@@ -144,9 +173,12 @@ class Compiled:
             # Tensors of their own, since a compiler also guards on which arguments are the same.
             states = (x, *(torch.zeros_like(x) for _ in range(program.states - 1)))
             values = tuple(torch.zeros_like(x) for _ in range(program.values - 1))
-            steps = zip(models, program.levels, rows, times, strict=True)
-            for model, level, row, time in steps:
-                new, kept = self.step(model, level, cond, program.scaled, states, values, row, time)
+            noise = _noise(program, x, source or Noise())
+            steps = zip(models, program.levels, rows, times, noise, strict=True)
+            for model, level, row, time, drawn in steps:
+                new, kept = self.step(
+                    model, level, cond, program.scaled, states, values, row, time, drawn
+                )
                 states = (new, *states)[: program.states]
                 values = (*kept, *values)[: program.values - 1]
             return states[0]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import abc
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ._prediction import Prediction, Time, as_prediction
-from ._process import Level, Process
+from ._process import Array, Level, Process
 
 __all__ = ["Denoiser", "Guided", "Model", "Wrapper", "check_output", "told_integers"]
 
@@ -117,10 +117,10 @@ class Denoiser(Model):
                 f"process = {self.process!r} is not a process; give for example fewstep.VP()"
             )
         prediction = as_prediction(self.predicts, self.time)
-        if prediction.needs_score and not self.process.independent:
+        if prediction.needs_score and self.process.no_score:
             raise ValueError(
-                f"predicts = {prediction.name!r} with a process whose noise and data are coupled "
-                "(independent = False): there is no score; use 'flow', 'data' or 'noise'"
+                f"predicts = {prediction.name!r}, but with {self.process!r} there is no score: "
+                f"{self.process.no_score}; use 'flow', 'data' or 'noise'"
             )
         object.__setattr__(self, "_prediction", prediction)
 
@@ -174,6 +174,8 @@ class Guided(Wrapper):
     """Classifier-free guidance: out = uncond + scale (cond - uncond), in one batched network call
     (arXiv 2207.12598, with scale = 1 + w: 1 is no guidance, 0 is unconditional).
 
+    scale: a number, or one per sample (kept as a tuple), so that requests with different scales
+        share a call; every sample gets the bits that it gets alone.
     uncond: the keyword arguments that differ for the unconditional half, as values for the whole
         batch or for one sample ({"label": 10}, {"text": empty_embedding}); nested mappings work.
         Other keyword arguments whose leading axis is the batch are repeated, the rest is passed on.
@@ -181,17 +183,24 @@ class Guided(Wrapper):
         output is used alone, at half the cost (arXiv 2404.07724).
     rescale: phi in [0, 1]; pulls the per-sample standard deviation of the guided output back to
         that of the conditional one (arXiv 2305.08891, equations 14-16).
+
+    The network is asked twice about the samples on which guidance acts, once about the others.
     """
 
     model: Model
-    scale: float
+    scale: float | Sequence[float] | Array | Tensor
     uncond: Mapping[str, Any]
     interval: tuple[float, float] = (0.0, math.inf)
     rescale: float = 0.0
 
     def __post_init__(self) -> None:
-        if not math.isfinite(self.scale):
-            raise ValueError(f"scale = {self.scale}; need a finite number (1 is no guidance)")
+        given = self.scale.tolist() if isinstance(self.scale, (Tensor, np.ndarray)) else self.scale
+        scales = np.asarray(given, dtype=np.float64)
+        if scales.ndim > 1 or not scales.size or not np.isfinite(scales).all():
+            raise ValueError(
+                f"scale = {self.scale}; need a finite number (1 is no guidance), or one per sample"
+            )
+        object.__setattr__(self, "scale", tuple(scales.tolist()) if scales.ndim else float(scales))
         low, high = self.interval
         if not 0 <= low < high:
             raise ValueError(f"interval = {self.interval}; need 0 <= low < high in sigma / alpha")
@@ -202,50 +211,103 @@ class Guided(Wrapper):
 
     @property
     def conditions(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride]
-        return self.model.conditions * (1 if self.scale == 1 else 2)
+        return self.model.conditions * (2 if np.any(np.asarray(self.scale) != 1) else 1)
+
+    def _acts(self, x_in: Tensor, t_in: Tensor, level: Level) -> Array:
+        """Where guidance acts, as an array that broadcasts against x_in."""
+        scales, rho = np.asarray(self.scale), np.asarray(level.rho)
+        batch, each = x_in.shape[0], (-1, *(1 for _ in x_in.shape[1:]))
+        if scales.ndim and len(scales) != batch:
+            raise ValueError(f"scale has {len(scales)} entries for {batch} samples; give one each")
+        if rho.ndim and t_in.ndim == 1:  # one level per sample; else per token, and it broadcasts
+            rho = rho.reshape(each)
+        inside = (rho >= self.interval[0]) & (rho <= self.interval[1])
+        acts = (scales.reshape(each) != 1) & inside
+        return np.broadcast_to(acts, (batch, *np.shape(acts)[1:]))
 
     def output(self, x_in: Tensor, t_in: Tensor, level: Level, cond: Mapping[str, Any]) -> Tensor:
-        active: Any = None  # where guidance acts; None: everywhere
-        if self.interval != (0.0, math.inf):
-            rho = np.asarray(level.rho)
-            active = (rho >= self.interval[0]) & (rho <= self.interval[1])
-        if self.scale == 1 or (active is not None and not active.any()):
+        batch, rows, acts = x_in.shape[0], None, None  # None: all samples, all of them
+        if self.scale == 1:
             return self.model.output(x_in, t_in, level, cond)
+        if isinstance(self.scale, tuple) or self.interval != (0.0, math.inf):
+            acts = self._acts(x_in, t_in, level)
+            rows = np.flatnonzero(acts.reshape(batch, -1).any(1)).tolist()
+            if not rows:
+                return self.model.output(x_in, t_in, level, cond)
+            rows, acts = (None, acts) if len(rows) == batch else (rows, acts[rows])
         unknown = sorted(set(self.uncond) - set(cond))
         if unknown:
             raise ValueError(
                 f"uncond names {unknown[0]!r}, which the condition lacks; it has: "
                 f"{', '.join(sorted(cond)) or 'nothing'}"
             )
-        batch = x_in.shape[0]
-        both = {k: _pair(v, self.uncond.get(k, v), batch) for k, v in cond.items()}
-        out = self.model.output(torch.cat([x_in, x_in]), torch.cat([t_in, t_in]), level, both)
-        if out.shape[:1] != (2 * batch,):
+        both = {k: _pair(v, self.uncond.get(k, v), batch, rows) for k, v in cond.items()}
+        x_two, t_two = (torch.cat([v, _at(v, rows)]) for v in (x_in, t_in))
+        out = self.model.output(x_two, t_two, _doubled(level, x_in, t_in, rows), both)
+        if out.shape[:1] != x_two.shape[:1]:
             return out  # the wrong shape is reported with the others, by check_output
-        with_cond, without = out.chunk(2)
-        guided = torch.lerp(without, with_cond, self.scale)
+        with_cond, without = out[:batch], out[batch:]
+        chosen = _at(with_cond, rows)
+        guided = self._lerp(without, chosen, rows)
         if self.rescale:
             axes = tuple(range(1, out.ndim))
-            ratio = with_cond.std(axes, keepdim=True) / guided.std(axes, keepdim=True)
+            ratio = chosen.std(axes, keepdim=True) / guided.std(axes, keepdim=True)
             guided = guided * (self.rescale * ratio + (1 - self.rescale))
-        if active is None or active.all():
+        if acts is not None and not acts.all():
+            mask = torch.as_tensor(acts.copy()).to(x_in.device, non_blocking=True)
+            guided = torch.where(mask, guided, chosen)
+        if rows is None:
             return guided
-        mask = torch.as_tensor(active).to(x_in.device).reshape(-1, *(1 for _ in x_in.shape[1:]))
-        return torch.where(mask, guided, with_cond)
+        return with_cond.index_copy(0, _index(rows, out.device), guided.to(out.dtype))
+
+    def _lerp(self, without: Tensor, with_cond: Tensor, rows: list[int] | None) -> Tensor:
+        """without + scale (with_cond - without), the same bits for one scale and for many."""
+        if not isinstance(self.scale, tuple):
+            return torch.lerp(without, with_cond, float(self.scale))  # type: ignore[arg-type]
+        # In half precision torch computes in float32 with the scale in float32, if it is a number;
+        # a tensor of scales would be rounded to half first.
+        wide = torch.promote_types(without.dtype, torch.float32)
+        scales = np.asarray(self.scale)[slice(None) if rows is None else rows]
+        weight = torch.from_numpy(scales).to(wide).to(without.device, non_blocking=True)
+        weight = weight.reshape(-1, *(1 for _ in without.shape[1:]))
+        return torch.lerp(without.to(wide), with_cond.to(wide), weight).to(without.dtype)
 
 
-def _pair(cond: Any, uncond: Any, batch: int) -> Any:
-    """The argument for the doubled batch: conditional half first."""
+def _index(rows: list[int], device: torch.device) -> Tensor:
+    return torch.tensor(rows).to(device, non_blocking=True)  # waits for nothing
+
+
+def _at(v: Tensor, rows: list[int] | None) -> Tensor:
+    """These samples; None: all."""
+    return v if rows is None else v.index_select(0, _index(rows, v.device))
+
+
+def _doubled(level: Level, x_in: Tensor, t_in: Tensor, rows: list[int] | None) -> Level:
+    """The level for the doubled batch."""
+    if torch.compiler.is_compiling():  # one level for all there; a look at it would be compiled in
+        return level
+
+    def twice(v: Any) -> Any:
+        if not isinstance(v, np.ndarray) or (t_in.ndim > 1 and v.ndim < x_in.ndim):
+            return v  # the same for every sample
+        return np.concatenate([v, v if rows is None else v[rows]])
+
+    return Level(*(twice(v) for v in (level.t, level.alpha, level.sigma, level.lam)))
+
+
+def _pair(cond: Any, uncond: Any, batch: int, rows: list[int] | None = None) -> Any:
+    """The argument for the doubled batch: conditional half first, then `rows` of the other."""
     if isinstance(cond, Mapping):
-        return {k: _pair(v, uncond.get(k, v), batch) for k, v in cond.items()}
+        return {k: _pair(v, uncond.get(k, v), batch, rows) for k, v in cond.items()}
     if isinstance(cond, Tensor) and cond.ndim and cond.shape[0] == batch:
         other = torch.as_tensor(uncond, dtype=cond.dtype, device=cond.device)
         if other.ndim == cond.ndim and other.shape[0] == 1:
             other = other[0]
-        return torch.cat([cond, other.expand_as(cond)])
+        other = other.expand_as(cond)
+        return torch.cat([cond, _at(other, rows)])
     if isinstance(cond, (list, tuple)) and len(cond) == batch:
         other = uncond if isinstance(uncond, (list, tuple)) else [uncond] * batch
-        return type(cond)([*cond, *other])
+        return type(cond)([*cond, *(other if rows is None else [other[i] for i in rows])])
     if cond is not uncond:
         raise ValueError(
             f"uncond: a condition of type {type(cond).__name__} without a leading axis of "

@@ -28,7 +28,7 @@ import numpy as np
 
 from ._process import Level
 
-__all__ = ["Prediction", "Time", "as_prediction", "convert", "edm", "predictions"]
+__all__ = ["Prediction", "Time", "as_prediction", "convert", "edm", "predictions", "velocity"]
 
 #: What the network is told: "t", "sigma", "rho", "lambda", "edm" (log(rho) / 4), a factor of t,
 #: or a function of the Level.
@@ -106,6 +106,28 @@ def edm(sigma_data: float = 0.5, time: Time = "edm") -> Prediction:
         return -p / q, 1 / q
 
     return Prediction("edm", to_data, from_data, lambda level: 1 / norm(level), time)
+
+
+def velocity(rates: Callable[[Any], tuple[Any, Any]], time: Time = "t") -> Prediction:
+    """The velocity u = dx/dt of any path in its own time, u = alpha' D + sigma' e:
+
+        D = (sigma u - sigma' x) / (alpha' sigma - sigma' alpha)
+
+    rates: t -> (alpha', sigma'), derivatives in the network's time. For a straight path they are
+    (-1, 1), which is "flow"; for times that run from noise to data, (1, -1). It is a velocity that
+    `convert` turns into a score: s = -e / sigma.
+    """
+
+    def to_data(level: Level) -> tuple[Any, Any]:
+        da, ds = rates(level.t)
+        w = da * level.sigma - ds * level.alpha
+        return -ds / w, level.sigma / w
+
+    def from_data(level: Level) -> tuple[Any, Any]:
+        da, ds = rates(level.t)
+        return ds / level.sigma, da - ds * level.alpha / level.sigma
+
+    return Prediction("velocity", to_data, from_data, time=time)
 
 
 predictions: dict[str, Prediction] = {

@@ -83,6 +83,16 @@ class Process(abc.ABC):
         """Standard deviation of pure noise from which sampling starts at time t."""
         return float(self.sigma(t))
 
+    @property
+    def no_score(self) -> str:
+        """Why -eps / sigma is not the score of the states of this path; "" where it is."""
+        return "" if self.independent else "its noise and data are coupled (independent = False)"
+
+    def noise_from(self, z: Any, source: Any) -> Any:
+        """Pure noise of unit scale from standard normals z, (batch, ...): z itself on a Gaussian
+        path. source: the `fewstep.Noise` that z is from, for what else it takes."""
+        return z
+
     def warp(self, u: ArrayLike) -> Array:
         """Map the clock in which t-grids are uniform to t (identity but for a shifted flow)."""
         return _array(u)

@@ -14,8 +14,8 @@ from tqdm import tqdm
 
 from ._denoiser import Model, told_integers
 from ._grids import Grid, times
-from ._noise import start_noise
-from ._plan import Call, Hook, Plan, State
+from ._noise import Noise, as_source, start_noise
+from ._plan import Call, Hook, Plan, State, shown
 from ._prediction import Prediction, as_prediction
 from ._process import Level, Process
 from ._segment import Segment, Start, start_time
@@ -82,6 +82,11 @@ def plan(
         t = start_time(process, start, grid, final, rounds)
         ends = (process.t_start, t) if upward else (t, process.t_end)
         part = Segment(process, *ends, rounds)
+    if upward and solver.stochastic:
+        raise ValueError(
+            f"upward = True with solver = {solver.name!r}; only deterministic solvers run from "
+            "data to noise (fewstep.add_noise adds noise)"
+        )
     if upward and not placed:
         nodes = times(part, list(grid)[::-1], count, final, rounds)[::-1]
     else:
@@ -123,7 +128,7 @@ class Origin:
     def __call__(self, times: Sequence[float] | None = None) -> Plan:
         """The plan: the solver's rows, and what the network's prediction makes of them."""
         here = self if times is None else replace(self, times=tuple(map(float, times)))
-        return replace(_compiled(here), origin=here)
+        return _compiled(here)
 
 
 def _compiled(origin: Origin) -> Plan:
@@ -134,6 +139,11 @@ def _compiled(origin: Origin) -> Plan:
     else:
         seen = process
     draft = solver.draft(seen, np.array(origin.times), origin.nfe)
+    if draft.draws and process.no_score:
+        raise ValueError(
+            f"solver = {solver.name!r} draws noise, but with {process!r} there is no score: "
+            f"{process.no_score}; use a deterministic solver"
+        )
 
     def call(asked: bool | Level, level: Level) -> Call | None:
         if asked is False:
@@ -152,6 +162,8 @@ def _compiled(origin: Origin) -> Plan:
         draft.given,
         draft.keep,
         draft.basis,
+        draws=draft.draws,
+        origin=origin,
     )
 
 
@@ -184,6 +196,7 @@ def steps(
     upward: bool = False,
     seed: int | Sequence[int] = 0,
     first: int = 0,
+    noise: Any = None,
     x: Tensor | None = None,
     cond: Mapping[str, Any] | None = None,
     hook: Hook | None = None,
@@ -194,8 +207,9 @@ def steps(
     keep `record.state` and go on later. Arguments are checked before the first `next`."""
     run = _compile(model, solver, nfe, grid, final, start, upward)
     _check_hook(hook, run)
-    run = run if hook is not None else run.cheapest
-    state = _begin(run, shape, seed, first, x, model.device if device is None else device, dtype)
+    device = (model.device if device is None else device) if x is None else x.device
+    run = run if hook is not None else run.cheapest_on(device)
+    state = _begin(run, shape, seed, first, noise, x, device, dtype, model.process)
 
     def records() -> Iterator[Record]:
         before, watch = state, _Watch(run)
@@ -245,19 +259,23 @@ def _begin(
     shape: Sequence[int] | None,
     seed: int | Sequence[int],
     first: int,
+    noise: Any,
     x: Tensor | None,
     device: torch.device | str,
     dtype: torch.dtype,
+    process: Process | None = None,
 ) -> State:
+    source = as_source(Noise(_seeds(seed), first) if noise is None else noise)
     if x is not None:
         if shape is not None and tuple(shape) != tuple(x.shape):
             raise ValueError(f"shape = {tuple(shape)}, but x has shape {tuple(x.shape)}")
-        return run.start(x)
+        return run.start(x, noise=source)
     if run.about.get("start") or run.about.get("direction"):
         level = run.levels[0]
         raise ValueError(
-            f"x is missing; this run starts at t = {level.t:g} (sigma = {level.sigma:g}), not from "
-            "noise: give the state there, for example from fewstep.add_noise"
+            f"x is missing; this run starts at t = {shown(level.t, 6)} (sigma = "
+            f"{shown(level.sigma, 6)}), not from noise: give the state there, for example from "
+            "fewstep.add_noise"
         )
     if shape is None:
         raise ValueError("shape is missing; give (batch, ...) or a starting tensor x")
@@ -266,8 +284,16 @@ def _begin(
         raise ValueError(f"shape = {shape}; need positive integers, batch first")
     if not dtype.is_floating_point:
         raise ValueError(f"dtype = {dtype}; need a floating-point type")
-    noise = start_noise(shape, seed, first=first, dtype=dtype, device=device)
-    return run.start(noise * run.prior_std)
+    z = start_noise(shape, seed, first=first, dtype=dtype, device=device)
+    if process is not None:
+        z = process.noise_from(z, Noise(_seeds(seed), first))
+    if np.isnan(run.prior_std):
+        raise ValueError("x is missing; the parts of this plan start at different noise scales")
+    return run.start(z * run.prior_std, noise=source)
+
+
+def _seeds(seed: int | Sequence[int]) -> int | tuple[int, ...]:
+    return int(seed) if isinstance(seed, (int, np.integer)) else tuple(int(s) for s in seed)
 
 
 def _check_match(run: Plan, model: Model) -> None:
@@ -279,14 +305,15 @@ def _check_match(run: Plan, model: Model) -> None:
         true = model.process.level(level.t)
         want = (true.alpha, true.sigma, *model.prediction.scalars(true))
         have = (level.alpha, level.sigma, call.p, call.q, call.c_in, call.c_noise)
-        if not np.allclose(have, want, rtol=1e-6, atol=1e-9):
-            names = ("alpha", "sigma", "p", "q", "c_in", "c_noise")
-            k = int(np.argmin(np.isclose(have, want, rtol=1e-6, atol=1e-9)))
-            raise ValueError(
-                f"solver: the plan was made for another model ({names[k]} = {have[k]:.6g} at "
-                f"evaluation {i + 1}, t = {level.t:g}, where this model has {want[k]:.6g}); make "
-                "the plan from this model"
-            )
+        idle = np.asarray(call.q) == 0  # members of a stacked plan that wait or are done
+        names = ("alpha", "sigma", "p", "q", "c_in", "c_noise")
+        for name, mine, theirs in zip(names, have, want, strict=True):
+            if not np.all(np.isclose(mine, theirs, rtol=1e-6, atol=1e-9) | idle):
+                raise ValueError(
+                    f"solver: the plan was made for another model ({name} = {shown(mine, 6)} at "
+                    f"evaluation {i + 1}, t = {shown(level.t, 6)}, where this model has "
+                    f"{shown(theirs, 6)}); make the plan from this model"
+                )
 
 
 def _check_hook(hook: Hook | None, run: Plan) -> None:
@@ -326,8 +353,8 @@ class _Watch:
             level = self._run.evaluations[bad]
             raise FloatingPointError(
                 f"network returned NaN or inf at evaluation {bad + 1} of {self._run.nfe} (t = "
-                f"{level.t:g}, sigma = {level.sigma:g}), from a finite input; look for "
-                "overflow in half precision, or a wrong process or prediction"
+                f"{shown(level.t, 6)}, sigma = {shown(level.sigma, 6)}), from a finite input; look "
+                "for overflow in half precision, or a wrong process or prediction"
             )
         self._verdicts.clear()
 
@@ -344,6 +371,7 @@ def sample(
     upward: bool = False,
     seed: int | Sequence[int] = 0,
     first: int = 0,
+    noise: Any = None,
     x: Tensor | None = None,
     cond: Mapping[str, Any] | None = None,
     hook: Hook | None = None,
@@ -356,7 +384,10 @@ def sample(
     model: a `Denoiser` or `Guided`. solver: a name, a solver, or a `Plan`.
     nfe, grid, final, start, upward: see `plan`.
     seed, first: sample i starts from noise that depends on (seed, first + i) only, or on seed[i]
-        if seed is a list: not on batch size, order or device.
+        if seed is a list: not on batch size, order or device. The same holds for later draws.
+    noise: what later draws come from instead, for solvers that draw: a `fewstep.Noise`
+        (`Noise(seed, path=True)`: more steps refine one Brownian path), tensors of unit variance,
+        one per draw in order, or a function of (draw, like).
     x: start from this tensor instead (scale `plan.prior_std` for pure noise). Needed with `start`
         (`fewstep.add_noise` makes it from data) and with `upward` (the data itself).
     cond: keyword arguments for the network, per-sample tensors batch first.
@@ -367,8 +398,9 @@ def sample(
     """
     run = _compile(model, solver, nfe, grid, final, start, upward)
     _check_hook(hook, run)
-    run = run if hook is not None else run.cheapest
-    state = _begin(run, shape, seed, first, x, model.device if device is None else device, dtype)
+    device = (model.device if device is None else device) if x is None else x.device
+    run = run if hook is not None else run.cheapest_on(device)
+    state = _begin(run, shape, seed, first, noise, x, device, dtype, model.process)
     with tqdm(total=run.nfe, unit="NFE", delay=1.0, leave=False, disable=not progress) as bar:
         watch = _Watch(run)
         while not state.done:

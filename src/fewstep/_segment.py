@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ._denoiser import Model
 from ._grids import as_grid, times
-from ._noise import start_noise
+from ._noise import Noise
 from ._prediction import unknown
 from ._process import Array, Level, Process
 
@@ -143,5 +143,6 @@ def add_noise(
     process, rounds = (on.process, on.rounds) if isinstance(on, Model) else (on, on.integer_times)
     level: Level = process.level(start_time(process, start, grid, final, rounds))
     dtype = torch.promote_types(x.dtype, torch.float32)
-    noise = start_noise(x.shape, seed, first=first, dtype=dtype, device=x.device)
+    source = Noise(seed, first)  # type: ignore[arg-type]
+    noise = process.noise_from(source.start(x.shape, dtype, x.device), source)
     return level.alpha * x.to(dtype) + level.sigma * noise

@@ -8,18 +8,20 @@ from typing import Any
 
 import numpy as np
 
+from ._combine import KERNEL
 from ._plan import Call, Plan, Row
 from ._process import Array
 
 __all__ = ["canonical", "cheapest", "fuse", "inverse"]
 
-#: ("X", j) or ("D", j)
+#: ("X", j), ("D", j) or ("Z", m)
 _Symbol = tuple[str, int]
 _Terms = dict[_Symbol, Any]
 
 
 def _terms(row: Row) -> _Terms:
-    return {("X", j): c for j, c in row.a.items()} | {("D", j): c for j, c in row.b.items()}
+    parts = (("X", row.a), ("D", row.b), ("Z", row.e))
+    return {(kind, j): c for kind, terms in parts for j, c in terms.items()}
 
 
 def _add(total: _Terms, factor: Any, terms: Mapping[_Symbol, Any]) -> None:
@@ -33,13 +35,14 @@ def _rows(plan: Plan) -> Iterator[tuple[int, Row]]:
         yield made, plan.data_row(row)
 
 
-def canonical(plan: Plan) -> tuple[Array, Array]:
-    """Every asked state, and the result, over the given states and the data predictions."""
+def canonical(plan: Plan) -> tuple[Array, ...]:
+    """Every asked state, and the result, over the given states and the data predictions (and, in a
+    third table, the draws, if there are any)."""
     inside: list[_Terms] = [{("X", j): 1.0} for j in range(plan.given)]
     for _, row in _rows(plan):
         total: _Terms = {}
         for (kind, j), c in _terms(row).items():
-            _add(total, c, inside[j] if kind == "X" else {("D", j): 1.0})
+            _add(total, c, inside[j] if kind == "X" else {(kind, j): 1.0})
         inside.append(total)
     asked = [k for k, call in enumerate(plan.calls) if call is not None]
     shown = [inside[k] for k in (*asked, len(plan.levels) - 1)]
@@ -49,30 +52,35 @@ def canonical(plan: Plan) -> tuple[Array, Array]:
         return np.array(np.broadcast_arrays(*map(np.array, parts)), dtype=np.float64)
 
     a = table([("X", j) for j in range(plan.given)])
-    return (a[:, 0] if plan.given == 1 else a), table([("D", j) for j in asked])
+    a, b = (a[:, 0] if plan.given == 1 else a), table([("D", j) for j in asked])
+    return (a, b, table([("Z", m) for m in range(len(plan.draws))])) if plan.draws else (a, b)
 
 
-def cheapest(plan: Plan) -> Plan:
+def cheapest(plan: Plan, one_pass: bool = KERNEL) -> Plan:
     """Of the equal forms of a plan the one whose run moves the least memory.
 
-    Folding D = p x + q out into rows saves a pass where the network predicts what the solver
-    interpolates. Elsewhere every past D becomes a past state and a past output, and from order 3 on
-    that is more to read than D is to make: then only the states that are never asked about go.
+    Folding D = p x + q out into rows saves the pass that makes D. Where the network does not
+    predict what the solver interpolates, every past D then becomes a past state and a past output:
+    in one pass over all of them that is still less, up to three; with kernels that add one tensor
+    at a time (`fewstep._combine.KERNEL` is False) it is more from order 3 on, and then only the
+    states that are never asked about go.
     """
     if plan.raw:
         return plan
-    return min((fuse(plan), fuse(plan, outputs=False), plan), key=_traffic)
+    forms = (fuse(plan), fuse(plan, outputs=False), plan)
+    return min(forms, key=lambda form: _traffic(form, one_pass))
 
 
-def _traffic(plan: Plan) -> int:
-    """Tensors read and written by a run, with kernels that add one tensor at a time."""
+def _traffic(plan: Plan, one_pass: bool) -> int:
+    """Tensors read and written by a run."""
 
     def cost(terms: int) -> int:
-        return 2 if terms == 1 else 3 * (terms - 1)
+        return terms + 1 if one_pass or terms == 1 else 3 * (terms - 1)
 
-    total = sum(cost(len(row.a) + len(row.b)) for row in plan.rows)
+    total = sum(cost(len(row.a) + len(row.b) + len(row.e)) for row in plan.rows)
     if not plan.raw:
-        total += sum(cost((c.p != 0) + 1) for c in plan.calls if c and (c.p, c.q) != (0, 1))
+        calls = [c for c in plan.calls if c and (np.any(c.p != 0) or np.any(c.q != 1))]
+        total += sum(cost(1 + bool(np.any(c.p != 0))) for c in calls)
     return total
 
 
@@ -114,6 +122,7 @@ def fuse(plan: Plan, outputs: bool = True) -> Plan:
             {new[j]: c for j, c in row.b.items()},
             row.order,
             row.exact,
+            row.e,
         )
         for row in out
     )
@@ -128,6 +137,8 @@ def fuse(plan: Plan, outputs: bool = True) -> Plan:
         tuple(new[k] for k in plan.keep),
         plan.basis,
         raw=outputs,
+        draws=plan.draws,
+        axis=plan.axis,
         origin=plan.origin,
     )
 
@@ -135,7 +146,11 @@ def fuse(plan: Plan, outputs: bool = True) -> Plan:
 def _plain(total: _Terms, row: Row) -> Row:
     a = {j: c for (kind, j), c in total.items() if kind == "X" and np.any(c != 0)}
     b = {j: c for (kind, j), c in total.items() if kind == "D" and np.any(c != 0)}
-    return Row(a, b, row.order, row.exact)
+    return Row(a, b, row.order, row.exact, _drawn(total))
+
+
+def _drawn(total: _Terms) -> dict[int, Any]:
+    return {m: c for (kind, m), c in total.items() if kind == "Z" and np.any(c != 0)}
 
 
 def _from_newest(made: int, row: Row, rows: Mapping[int, Row], stays: list[bool]) -> _Terms | None:
@@ -163,7 +178,7 @@ def _raw(plan: Plan, total: _Terms, row: Row) -> Row:
         if kind == "X":
             a[j] = a.get(j, 0.0) + c
             size[j] = size.get(j, 0.0) + np.abs(c)
-        else:
+        elif kind == "D":
             call = plan.calls[j]
             assert call is not None  # checked when the plan was made
             b[j] = c * call.q
@@ -171,7 +186,8 @@ def _raw(plan: Plan, total: _Terms, row: Row) -> Row:
             size[j] = size.get(j, 0.0) + np.abs(c * call.p)
     # What cancels (noise-form rows on a network that predicts noise) is left at rounding.
     a = {j: c for j, c in a.items() if np.any(np.abs(c) > 1e-14 * size[j])}
-    return Row(a, {j: c for j, c in b.items() if np.any(c != 0)}, row.order, row.exact)
+    b = {j: c for j, c in b.items() if np.any(c != 0)}
+    return Row(a, b, row.order, row.exact, _drawn(total))
 
 
 def inverse(plan: Plan) -> Plan:
@@ -187,6 +203,8 @@ def inverse(plan: Plan) -> Plan:
     """
     if plan.raw:
         raise ValueError("plan: a fused plan cannot be inverted; invert it unfused")
+    if plan.draws:
+        raise ValueError("plan: it draws noise; only deterministic plans can be inverted")
     last = len(plan.levels) - 1
     where = {k: i for i, k in enumerate((last, *plan.keep))}  # known states, in order
     rows: list[Row] = []

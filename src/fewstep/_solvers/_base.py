@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import abc
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from .._noise import Draw
 from .._plan import Row
 from .._process import Array, Level, Process
 
@@ -24,7 +25,7 @@ class Draft:
 
     levels: of all states. rows: rows[i] makes state given + i. evaluated: for every state whether
     the network is asked about it, or the level at which it is, if that is another than its own.
-    given, keep, basis: as in `Plan`.
+    given, keep, basis, draws: as in `Plan`.
     """
 
     levels: tuple[Level, ...]
@@ -33,6 +34,7 @@ class Draft:
     given: int = 1
     keep: tuple[int, ...] = ()
     basis: Basis | None = None
+    draws: tuple[Draw, ...] = ()
 
 
 class Solver(abc.ABC):
@@ -45,7 +47,10 @@ class Solver(abc.ABC):
     2. `smooth_order` is the order on grids whose step sizes change smoothly (each differs from the
        one before by O(h) of itself), where that is higher: formulas with fixed numbers. 0: the
        same. `fragile` says where the solver is far worse than first order, if it is ("" if not).
-    3. `stochastic`, `adaptive`, `needs_calibration` are False unless said otherwise.
+    3. `stochastic`, `adaptive`, `needs_calibration` are False unless said otherwise. The order of a
+       stochastic solver is the weak one (of moments); `strong_order` is the order on one Brownian
+       path as steps are halved, 0 if its draws belong to no path. `scaled(s)` is the solver with s
+       times its noise level (0: none), and `member` names the solver that it is then, to rounding.
     4. `steps(nfe, clean)` is the number of steps with which exactly nfe evaluations can be spent;
        `clean` says whether the last step goes to sigma = 0.
     5. `draft(process, times, nfe)` gives the rows for these times; nfe evaluations if that is
@@ -62,6 +67,9 @@ class Solver(abc.ABC):
     smooth_order: int = 0
     fragile: str = ""
     stochastic: bool = False
+    strong_order: int = 0
+    scaled: Callable[[float], Solver] | None = None
+    member: str = ""
     adaptive: bool = False
     needs_calibration: bool = False
     aliases: tuple[str, ...] = ()
@@ -78,8 +86,10 @@ class Solver(abc.ABC):
 class Formula(NamedTuple):
     """One step of a multistep method, aligned with a history of levels (newest first):
 
-        X = sum_k a[k] x_k + sum_k b[k] D_k
+        X = sum_k a[k] x_k + sum_k b[k] D_k + sum_d noise[d] Z_d
 
+    noise: coefficients of standard normals, each named by its place in time: the same `Draw` in
+        two formulas of a step is the same normal.
     order: of this step. exact: reproduces constant data and constant noise exactly.
     base: the part of the start's coefficient that belongs to the state the step starts from, where
         that is not the state that was evaluated there (after a corrector). Default: all of it.
@@ -90,6 +100,7 @@ class Formula(NamedTuple):
     order: int
     exact: bool = True
     base: Any = None
+    noise: Mapping[Draw, Any] = {}
 
 
 #: (process, levels of the evaluated states newest first, target level) -> formula. For a corrector
@@ -124,6 +135,10 @@ class Multistep(Solver):
     smooth_order: int = 0
     fragile: str = ""
     reversible: bool = False
+    stochastic: bool = False
+    strong_order: int = 0
+    scaled: Callable[[float], Solver] | None = None
+    member: str = ""
     aliases: tuple[str, ...] = ()
 
     def steps(self, nfe: int, clean: bool) -> int:
@@ -139,12 +154,13 @@ class Multistep(Solver):
         levels, evaluated, rows = [nodes[0]], [True], []
         where = [0]  # the evaluated state of every node
         base = 0  # the state that the step starts from
+        draws: dict[Draw, int] = {}
         for i in range(n):
             keep = min(self.nodes or self.order, i + 1, n - i if self.lower_final else n)
             history = nodes[i - keep + 1 : i + 1][::-1]
             states = where[i - keep + 1 : i + 1][::-1]
             end = nodes[i + 1]
-            rows.append(_row(self.step(process, history, end), states, states[0], base))
+            rows.append(_row(self.step(process, history, end), states, states[0], base, draws))
             where.append(len(levels))
             levels.append(end)
             evaluated.append(i < n - 1)
@@ -152,17 +168,30 @@ class Multistep(Solver):
             if self.corrector is not None and i < n - 1:
                 formula = self.corrector(process, [end, *history], end)
                 if formula is not None:
-                    rows.append(_row(formula, [made, *states], states[0], base))
+                    rows.append(_row(formula, [made, *states], states[0], base, draws))
                     made = len(levels)
                     levels.append(end)
                     evaluated.append(False)
             base = made
         keep = (where[-2],) if self.reversible else ()
-        return Draft(tuple(levels), tuple(rows), tuple(evaluated), keep=keep)
+        return Draft(tuple(levels), tuple(rows), tuple(evaluated), keep=keep, draws=tuple(draws))
 
 
-def _row(formula: Formula, states: Sequence[int], start: int, base: int) -> Row:
-    """The formula as a row over the states with these indices, starting from state `base`."""
+def _row(
+    formula: Formula,
+    states: Sequence[int],
+    start: int,
+    base: int,
+    draws: dict[Draw, int] | None = None,
+) -> Row:
+    """The formula as a row over the states with these indices, starting from state `base`. draws:
+    the numbers of the plan's draws so far; new ones are added."""
+    e: dict[int, Any] = {}
+    for draw, c in formula.noise.items():
+        if np.any(c != 0):
+            if draws is None:
+                raise ValueError(f"formula: draws noise where its family does not: {draw}")
+            e[draws.setdefault(draw, len(draws))] = _number(c)
     a = dict(zip(states, map(_number, formula.a), strict=True))
     b = dict(zip(states, map(_number, formula.b), strict=True))
     if base != start:
@@ -174,6 +203,7 @@ def _row(formula: Formula, states: Sequence[int], start: int, base: int) -> Row:
         {j: c for j, c in b.items() if np.any(c != 0)},
         formula.order,
         formula.exact,
+        e,
     )
 
 

@@ -92,6 +92,8 @@ def multistep(solver: str | Solver, argument: str) -> Multistep:
         raise ValueError(
             f"{argument} = {found!r}; give the name of a multistep solver, or a solver"
         )
+    if found.stochastic:
+        raise ValueError(f"{argument} = {found.name!r} draws noise; need a deterministic solver")
     if not isinstance(found, Multistep) or found.corrector is not None or found.reversible:
         raise ValueError(
             f"{argument} = {found.name!r}; need a multistep solver without corrector or momentum, "

@@ -116,6 +116,9 @@ def started(
     body: a multistep method without corrector, lower last orders or a second state to hand over.
     starter: a singlestep method. first: evaluations of its steps, each 2 to starter.nfe_per_step.
     """
+    if body.stochastic or starter.stochastic:
+        name = body.name if body.stochastic else starter.name
+        raise ValueError(f"{name!r} draws noise; need deterministic solvers for body and starter")
     if body.corrector is not None or body.lower_final or body.reversible:
         raise ValueError(
             f"body = {body.name!r}; need a multistep solver without corrector, lower_final and "

@@ -8,12 +8,16 @@ from math import inf
 from .._prediction import unknown
 from ._base import Multistep, Solver
 from ._exponential import Second, exponential
+from ._flow_sde import flow_grpo
 from ._gaussian import gaussian
 from ._momentum import dualfast, ghvb, heavy_ball, ipndm
+from ._noisy import churn, predictor_corrector, restart
 from ._pndm import pndm
 from ._reversible import bdia, edict, reversible_heun
 from ._runge_kutta import exponential_runge_kutta, runge_kutta
+from ._seeds import ancestral_singlestep, dpmpp_sde, seeds
 from ._singlestep import singlestep
+from ._stochastic import ancestral, er_sde, jump, sa_solver, sde
 
 __all__ = ["Registry", "as_solver", "solvers"]
 
@@ -62,6 +66,10 @@ _COX = "Exponential time differencing (Cox and Matthews 2002)"
 _GROWS = "few and long steps: errors of the noise prediction grow as e^h"
 _SLOPE = "few and long steps: the slope where sigma is small stands for all of a step in rho"
 _LINEAR = "steps longer than about 2 in lambda: not an exponential method, for short steps"
+_DDPM = "Denoising Diffusion Probabilistic Models, 2006.11239, algorithm 2"
+_SDE_PP = f"{_DPMPP}, SDE-DPM-Solver++"
+_UNGUARDED = "a step that is many times longer than those before: three nodes amplify errors"
+_NOISE_SDE = "few and long steps: the noise of a step is larger than its end allows, by up to e^h"
 
 
 def _unipc(
@@ -227,5 +235,90 @@ for _made in (
     bdia("heun", 0.5, name="bdia_heun"),
     edict(name="edict"),
     reversible_heun(name="reversible_heun"),
+    sde(
+        1,
+        name="ddpm",
+        source=f"{_DDPM}, small variance",
+        member="ddim",
+        aliases=("euler_ancestral", "sde_dpmpp_1"),
+    ),
+    ancestral(variance="large", name="ddpm_large", source=f"{_DDPM}, sigma^2 = beta"),
+    ancestral(0.5, name="ddim_eta_0_5"),
+    sde(
+        2,
+        second="midpoint",
+        growth=inf,
+        name="sde_dpmpp_2m",
+        source=f"{_SDE_PP}(2M)",
+        member="dpmpp_2m",
+        aliases=("dpmpp_2m_sde",),
+    ),
+    sde(
+        2,
+        growth=inf,
+        name="sde_dpmpp_2m_heun",
+        source=f"{_SDE_PP}(2M), exact weights",
+        member="dpmpp_2m_heun",
+        aliases=("dpmpp_2m_sde_heun",),
+    ),
+    exponential(
+        3,
+        third="shipped",
+        growth=inf,
+        name="dpmpp_3m_shipped_heun",
+        source=f"{_DPMPP}, as k-diffusion ships it: second order",
+    ),
+    sde(3, name="sde_dpmpp_3m", source=f"{_SDE_PP}, three nodes (ours)", member="dpmpp_3m"),
+    sde(
+        3,
+        third="shipped",
+        growth=inf,
+        name="sde_dpmpp_3m_shipped",
+        source=f"{_SDE_PP}, three nodes as k-diffusion ships it",
+        fragile=_UNGUARDED,
+        member="dpmpp_3m_shipped_heun",
+        aliases=("dpmpp_3m_sde",),
+    ),
+    sde(
+        1,
+        form="noise",
+        name="sde_dpm_solver_1",
+        source=f"{_DPMPP}, SDE-DPM-Solver-1",
+        fragile=_NOISE_SDE,
+        member="ddim",
+    ),
+    sde(
+        2,
+        form="noise",
+        second="midpoint",
+        growth=inf,
+        name="sde_dpm_solver_2m",
+        source=f"{_DPMPP}, SDE-DPM-Solver-2M",
+        fragile=_NOISE_SDE,
+        member="dpm_solver_2m",
+    ),
+    # Exact weights: with "bh1" the corrector of a long first step is far worse than first order.
+    sa_solver(3, 4, second="exact", name="sa_solver", member="unipc_3_vary"),
+    sa_solver(2, 2, second="exact", name="sa_solver_2", member="sa_ode_2"),
+    sa_solver(2, 2, eta2=0.0, second="exact", name="sa_ode_2"),
+    *(er_sde(p, name=f"er_sde_{p}") for p in (1, 2, 3)),
+    *(er_sde(p, phi=1.0, name=f"er_ode_{p}") for p in (2, 3)),
+    jump(name="lcm", aliases=("consistency",)),
+    jump(0.3, to="time", name="tcd", source="Trajectory Consistency Distillation, 2402.19159"),
+    seeds("dpmpp_2s_taylor", name="seeds_2"),
+    seeds("dpmpp_3s", name="seeds_3"),
+    seeds("dpm_solver_2", name="seeds_2_noise"),
+    seeds("dpm_solver_3", name="seeds_3_noise"),
+    seeds("dpmpp_2s", name="sde_dpmpp_2s", source="SEEDS-2, 2305.14267, with phi_1 as in ComfyUI"),
+    dpmpp_sde(name="dpmpp_sde"),
+    ancestral_singlestep("dpmpp_2s", name="dpmpp_2s_ancestral"),
+    ancestral_singlestep(
+        "dpm_solver_2", name="dpm_2_ancestral", source="k-diffusion, sample_dpm_2_ancestral"
+    ),
+    churn("heun", name="edm_churn", aliases=("heun_churn",)),
+    churn("ddim", name="euler_churn"),
+    restart("heun", name="restart"),
+    predictor_corrector("ddim", name="pc_langevin"),
+    flow_grpo(name="flow_grpo"),
 ):
     solvers.register(_made)

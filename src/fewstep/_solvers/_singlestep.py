@@ -46,6 +46,7 @@ from typing import Literal
 
 import numpy as np
 
+from .._noise import Draw
 from .._plan import Row
 from .._prediction import unknown
 from .._process import Array, Level, Process
@@ -82,6 +83,10 @@ class Singlestep(Solver):
     pure: bool = False
     smooth_order: int = 0
     fragile: str = ""
+    stochastic: bool = False
+    strong_order: int = 0
+    scaled: Callable[[float], Solver] | None = None
+    member: str = ""
     aliases: tuple[str, ...] = ()
 
     def steps(self, nfe: int, clean: bool) -> int:
@@ -110,15 +115,16 @@ class Singlestep(Solver):
 
     def lay(self, process: Process, nodes: Sequence[Level], budget: Sequence[int]) -> Draft:
         """Rows of steps through `nodes`, with these numbers of evaluations."""
-        levels, rows = [nodes[0]], list[Row]()
+        levels, rows, draws = [nodes[0]], list[Row](), dict[Draw, int]()
         for start, end, count in zip(nodes, nodes[1:], budget, strict=False):
             inner, formulas = self.step(process, start, end, count)
             made = [len(levels) - 1]
             for level, formula in zip((*inner, end), formulas, strict=True):
-                rows.append(_row(formula, made, made[0], made[0]))
+                rows.append(_row(formula, made, made[0], made[0], draws))
                 made.append(len(levels))
                 levels.append(level)
-        return Draft(tuple(levels), tuple(rows), (True,) * len(rows) + (False,))
+        evaluated = (True,) * len(rows) + (False,)
+        return Draft(tuple(levels), tuple(rows), evaluated, draws=tuple(draws))
 
     def step(
         self, process: Process, start: Level, end: Level, count: int
