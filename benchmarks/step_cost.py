@@ -52,8 +52,7 @@ import torch._dynamo
 from torch import Tensor
 
 import fewstep as fs
-from fewstep._combine import KERNEL
-from fewstep._combine import combine
+from fewstep._combine import KERNEL, combine
 from fewstep._compiled import compiled
 
 SHAPES = ((1, 4, 64, 64), (1, 16, 128, 128), (1, 16, 21, 60, 104))
