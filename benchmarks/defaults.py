@@ -37,6 +37,7 @@ import csv
 import math
 import sys
 import time
+import zlib
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -209,9 +210,10 @@ def solve_chunk(model: str, process: str, first: int) -> None:
 
 def cache_file(model: str, process: fs.Process, first: int) -> Path:
     """Where the solution of samples first, first + 1, ... is kept: one per starting level, as all
-    paths through it are one ODE."""
+    paths through it are one ODE, and per noise."""
     level = process.level(process.t_start)
-    return CACHE / f"{model}-{level.alpha:.12g}-{level.sigma:.12g}-{first}.npy"
+    drawn = zlib.crc32(fs.start_noise((1, 64), seed=0).numpy().tobytes())
+    return CACHE / f"{model}-{level.alpha:.12g}-{level.sigma:.12g}-{first}-{drawn:08x}.npy"
 
 
 def reference(model: str, process: fs.Process, denoise: Denoise, start: Tensor) -> Tensor:

@@ -128,7 +128,7 @@ def test_the_count_sees_what_it_forbids():
 def test_making_noise_reads_nothing_either(solver, path):
     """Draws of the default source are made where the state is, and the host waits for none."""
     plan = compiled(solver, True)
-    for shape in (SHAPE, LARGE):
+    for shape in ((2, 3, 17),) if path else (SHAPE, LARGE):
         state, out = plan.start(noise(shape), noise=Noise(3, path=path)), noise(shape, seed=1)
         with torch.no_grad():
             while not state.done:

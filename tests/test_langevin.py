@@ -163,6 +163,7 @@ def gibbs(n: int, seed: int = 0, **options):
     ), levels
 
 
+@pytest.mark.slow
 def test_the_chain_keeps_its_law():
     chain, levels = gibbs(1000, skip=15, nfe=25)
     for record in itertools.islice(chain, 3):

@@ -100,7 +100,9 @@ def test_one_function_and_one_line_get_every_check(tmp_path):
     assert int(counted[1]) >= 38
 
 
-@pytest.mark.parametrize(("weight", "order"), [(0.4, 2), (0.5, 3)])
+@pytest.mark.parametrize(
+    ("weight", "order"), [(0.4, 2), pytest.param(0.5, 3, marks=pytest.mark.slow)]
+)
 def test_a_wrong_one_fails(tmp_path, weight, order):
     code, text = check(tmp_path, weight, order)
     assert code == 1, text[-3000:]
@@ -118,7 +120,10 @@ def test_a_stochastic_one_gets_every_check(tmp_path):
 
 @pytest.mark.parametrize(
     ("weight", "clock", "test"),
-    [(0.4, PLACES, "test_weak_order"), (0.5, "(0.0, h)", "test_strong_order")],
+    [
+        (0.4, PLACES, "test_weak_order"),
+        pytest.param(0.5, "(0.0, h)", "test_strong_order", marks=pytest.mark.slow),
+    ],
 )
 def test_a_wrong_stochastic_one_fails(tmp_path, weight, clock, test):
     code, text = check(tmp_path, weight, order=2, toy=NOISY, clock=clock)

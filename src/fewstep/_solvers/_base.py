@@ -48,9 +48,10 @@ class Solver(abc.ABC):
        one before by O(h) of itself), where that is higher: formulas with fixed numbers. 0: the
        same. `fragile` says where the solver is far worse than first order, if it is ("" if not).
     3. `stochastic`, `adaptive`, `needs_calibration` are False unless said otherwise. The order of a
-       stochastic solver is the weak one (of moments), 0 if it does not converge; `strong_order` is the order on one Brownian
-       path as steps are halved, 0 if its draws belong to no path. `scaled(s)` is the solver with s
-       times its noise level (0: none), and `member` names the solver that it is then, to rounding.
+       stochastic solver is the weak one (of moments), 0 if it does not converge; `strong_order` is
+       the order on one Brownian path as steps are halved, 0 if its draws belong to no path.
+       `scaled(s)` is the solver with s times its noise level (0: none), and `member` names the
+       solver that it is then, to rounding.
     4. `steps(nfe, clean)` is the number of steps with which exactly nfe evaluations can be spent;
        `clean` says whether the last step goes to sigma = 0.
     5. `draft(process, times, nfe)` gives the rows for these times; nfe evaluations if that is
