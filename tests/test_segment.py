@@ -137,3 +137,15 @@ def test_bad_starts(start, words):
         fs.plan("ddim", fs.EDM(), 4, start=start)
     with pytest.raises(ValueError, match="the list says where it starts"):
         fs.plan("ddim", fs.EDM(), grid=[3.0, 1.0], start=2.0)
+
+
+def test_noise_of_ones_own():
+    x, eps = torch.randn(2, 3), torch.randn(2, 3)
+    process = fs.VP()
+    level = process.level(0.4)
+    noised = fs.add_noise(process, x, 0.4, noise=eps)
+    torch.testing.assert_close(noised, level.alpha * x + level.sigma * eps)
+    with pytest.raises(ValueError, match="noise is \\(3, 2\\)"):
+        fs.add_noise(process, x, 0.4, noise=eps.T)
+    with pytest.raises(ValueError, match="noise is int"):
+        fs.add_noise(process, x, 0.4, noise=3)

@@ -132,17 +132,24 @@ def add_noise(
     *,
     seed: int | Sequence[int] = 0,
     first: int = 0,
+    noise: Tensor | None = None,
     grid: Any = "softened",
     final: str = "zero",
 ) -> Tensor:
     """alpha x + sigma eps at the level that `start` names: what a run with this `start` begins
     with. x: data, (batch, ...). grid, final: those of the run, if `start` is a strength.
 
-    seed, first: as in `sample`.
+    seed, first: as in `sample`. noise: eps itself instead, in the shape of x.
     """
     process, rounds = (on.process, on.rounds) if isinstance(on, Model) else (on, on.integer_times)
     level: Level = process.level(start_time(process, start, grid, final, rounds))
     dtype = torch.promote_types(x.dtype, torch.float32)
-    source = Noise(seed, first)  # type: ignore[arg-type]
-    noise = process.noise_from(source.start(x.shape, dtype, x.device), source)
-    return level.alpha * x.to(dtype) + level.sigma * noise
+    if noise is None:
+        source = Noise(seed, first)  # type: ignore[arg-type]
+        eps: Tensor = process.noise_from(source.start(x.shape, dtype, x.device), source)
+    elif not isinstance(noise, Tensor) or noise.shape != x.shape:
+        shape = tuple(noise.shape) if isinstance(noise, Tensor) else type(noise).__name__
+        raise ValueError(f"noise is {shape}; need a tensor of the shape of x, {tuple(x.shape)}")
+    else:
+        eps = noise.to(x.device, dtype)
+    return level.alpha * x.to(dtype) + level.sigma * eps
