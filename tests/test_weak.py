@@ -1,6 +1,6 @@
 """The law of what stochastic solvers sample: weak order, and the variance at every node.
 
-Nothing here is sampled, but for one slow test. Two exact problems:
+Nothing here is sampled, but for the slow tests. Two exact problems:
 
 Data N(mean, std^2). Every state is affine in the start and the draws, so that its mean and variance
 follow from the rows. The process's law is known: errors are absolute.
@@ -16,6 +16,7 @@ hold eps and are of first order can have order 2 there.
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 
 import numpy as np
@@ -23,7 +24,7 @@ import pytest
 import torch
 
 import fewstep as fs
-from fewstep._noise import Draw
+from fewstep._noise import Draw, Noise
 from problems import Normal, normals, reverse_sde, run
 
 NORMAL = Normal()
@@ -318,9 +319,42 @@ def observables(level: fs.Level) -> np.ndarray:
     return np.array([m @ SHARES, (m**2 + v) @ SHARES, wave.real, wave.imag])
 
 
+def expectations(x: np.ndarray) -> np.ndarray:
+    return np.stack([x, x**2, np.cos(3 * x), np.sin(3 * x)])
+
+
+def refined(entry: fs.Solver, first: int) -> tuple[np.ndarray, np.ndarray]:
+    """Differences of expectations between `first` steps, twice and four times as many, on the same
+    Brownian paths, two million samples each; and their standard errors."""
+    plans = [compiled(entry, fs.VP(), n) for n in (first, 2 * first, 4 * first)]
+    like, found = torch.empty(1, 50_000, dtype=torch.float64), []
+    for k in range(40):
+        x = sampled_from(plans[0].levels[0], like.numel(), np.random.default_rng(k))
+        noise, out = Noise(k, path=True), []
+        for plan in plans:
+            draws = [noise.draw(draw, m, like)[0].numpy() for m, draw in enumerate(plan.draws)]
+            out.append(expectations(run(plan, mixture, x, draws)))
+        found.append([(a - b).mean(1) for a, b in itertools.pairwise(out)])
+    spread = np.std(found, 0, ddof=1) / math.sqrt(len(found))
+    return np.linalg.norm(np.mean(found, 0), axis=1), np.linalg.norm(spread, axis=1)
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("solver", SOLVERS)
+@pytest.mark.parametrize("solver", [k for k, entry in SOLVERS.items() if entry.strong_order])
 def test_weak_order_on_a_mixture(solver):
+    """What runs on the same paths share is not in the noise of their difference."""
+    entry = SOLVERS[solver]
+    for first in (16, 8):
+        (coarse, fine), noise = refined(entry, first)
+        if coarse > 5 * noise[0]:
+            break  # else too small to be seen: fewer steps
+    assert coarse > 5 * noise[0]
+    assert fine - 2 * noise[1] < coarse * 2.0 ** -(entry.order - 0.3), (coarse, fine, noise)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("solver", [k for k, entry in SOLVERS.items() if not entry.strong_order])
+def test_errors_on_a_mixture(solver):
     """Errors of expectations at 4 and 16 steps, a million samples each, with their noise."""
     entry, errors, noise = SOLVERS[solver], [], []
     for n in (4, 16):
@@ -328,8 +362,7 @@ def test_weak_order_on_a_mixture(solver):
         for _ in range(20):
             x = sampled_from(plan.levels[0], 50_000, rng)
             out = run(plan, mixture, x, rng.normal(size=(len(plan.draws), x.size)))
-            values = np.stack([out, out**2, np.cos(3 * out), np.sin(3 * out)])
-            found.append(values.mean(1) - observables(plan.levels[-1]))
+            found.append(expectations(out).mean(1) - observables(plan.levels[-1]))
         errors.append(np.linalg.norm(np.mean(found, 0)))
         noise.append(np.linalg.norm(np.std(found, 0, ddof=1)) / math.sqrt(len(found)))
     # the fine error may be all noise: what it is at most
