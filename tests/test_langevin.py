@@ -216,3 +216,26 @@ def test_with_keep_above_0_it_does_not_converge():
         return float((fs.sample_levenberg(model, keep=keep, **options) - best).square().mean())
 
     assert error(100, 0.0) < 0.1 * error(100, 0.3)
+
+
+class Numbered(fs.Source):
+    """Noise that remembers which draws it was asked for."""
+
+    def __init__(self):
+        self.numbers, self.noise = [], fs.Noise(0)
+
+    def draw(self, draw, number, like):
+        self.numbers.append(number)
+        return self.noise.draw(draw, number, like)
+
+
+@pytest.mark.parametrize(("nfe", "corrections"), [(6, 3), (7, 2), (10, 3), (11, 4)])
+@pytest.mark.parametrize("solver", ["ddim", "ddpm"])
+def test_no_draw_is_used_twice(solver, nfe, corrections):
+    """Also where the budget leaves some level fewer corrections than those before."""
+    source = Numbered()
+    model = point_mass(fs.EDM())
+    options = {"nfe": nfe, "corrections": corrections, "noise": source, "progress": False}
+    fs.sample_corrected(model, (2, 5), solver=solver, **options)
+    assert len(source.numbers) >= nfe - math.ceil(nfe / (corrections + 1))
+    assert len(set(source.numbers)) == len(source.numbers)

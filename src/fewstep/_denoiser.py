@@ -19,12 +19,20 @@ from torch import Tensor
 from ._prediction import Prediction, Time, as_prediction
 from ._process import Array, Level, Process
 
-__all__ = ["Denoiser", "Guided", "Model", "Wrapper", "check_output", "told_integers"]
+__all__ = ["Denoiser", "Guided", "Model", "Wrapper", "check_output", "device_of", "told_integers"]
 
 
 def told_integers(rounds: bool, prediction: Prediction) -> bool:
     """Whether a network is told integers: it is evaluated at integer times, and told the time."""
     return rounds and prediction.time == "t"
+
+
+def device_of(network: Any) -> torch.device:
+    """Where a network lives: the host, if it is no module or has no parameters."""
+    if isinstance(network, torch.nn.Module):
+        for tensor in network.parameters():
+            return tensor.device
+    return torch.device("cpu")
 
 
 class Model(abc.ABC):
@@ -134,10 +142,7 @@ class Denoiser(Model):
 
     @property
     def device(self) -> torch.device:
-        if isinstance(self.network, torch.nn.Module):
-            for tensor in self.network.parameters():
-                return tensor.device
-        return torch.device("cpu")
+        return device_of(self.network)
 
     def output(self, x_in: Tensor, t_in: Tensor, level: Level, cond: Mapping[str, Any]) -> Tensor:
         return self.network(x_in if self.dtype is None else x_in.to(self.dtype), t_in, **cond)

@@ -33,7 +33,7 @@ from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
 from ._basis import Cosine
-from ._denoiser import Model
+from ._denoiser import Model, device_of
 from ._grids import Grid, times
 from ._interpolant import Own
 from ._noise import Draw
@@ -109,10 +109,7 @@ class Blurring(Model):
 
     @property
     def device(self) -> torch.device:
-        if isinstance(self.network, torch.nn.Module):
-            for tensor in self.network.parameters():
-                return tensor.device
-        return torch.device("cpu")
+        return device_of(self.network)
 
     def output(self, x_in: Tensor, t_in: Tensor, level: Any, cond: Mapping[str, Any]) -> Tensor:
         return self.network(x_in, t_in, **cond)

@@ -44,7 +44,7 @@ import torch
 from numpy.typing import ArrayLike
 from torch import Tensor
 
-from ._denoiser import Model, check_output
+from ._denoiser import Model, check_output, device_of
 from ._noise import Draw
 from ._plan import Call, Plan, Row
 from ._prediction import Prediction, unknown
@@ -213,10 +213,7 @@ class Interpolant(Model):
 
     @property
     def device(self) -> torch.device:
-        if isinstance(self.drift, torch.nn.Module):
-            for tensor in self.drift.parameters():
-                return tensor.device
-        return torch.device("cpu")
+        return device_of(self.drift)
 
     def output(self, x_in: Tensor, t_in: Tensor, level: Level, cond: Mapping[str, Any]) -> Tensor:
         f = self.drift(x_in, t_in, **cond)

@@ -96,7 +96,8 @@ def langevin(
             output = model.output(*state.query(), level, cond or {})
             x = state.x
             score = (level.alpha * state.data(output) - x) / level.sigma**2
-            number = len(state.plan.draws) + state.index * corrections + k
+            # Its own at every level, however many corrections the levels have.
+            number = len(state.plan.draws) + k * len(state.plan.levels) + state.index
             z = source.draw(Draw(level, level, None, k), number, x)
             sizes = _norm(z), _norm(score)
             if norms == "batch":
@@ -141,8 +142,8 @@ def sample_corrected(
 
     solver: any of one evaluation per step. nfe: all evaluations together; ceil(nfe / (corrections
     + 1)) steps, and the last levels go without corrections where the budget does not divide.
-    Everything else as in `sample` and `langevin`. Corrections pay for errors of the score; with an
-    exact score more steps are worth more (docs/stochastic.md).
+    Everything else as in `sample` and `langevin`. Corrections pull states of a wrong law towards
+    that of the network's score; they repair nothing else.
     """
     chosen = as_solver(solver)
     if chosen.nfe_per_step != 1:
@@ -156,7 +157,7 @@ def sample_corrected(
     device = (model.device if device is None else device) if x is None else x.device
     run = _compile(model, chosen, steps, grid, final, start, False).cheapest_on(device)
     state = _begin(run, shape, seed, first, noise, x, device, dtype, model.process)
-    source = as_source(noise) if noise is not None else Noise(_key(seed), first)
+    source = as_source(noise) if noise is not None else Noise(seed, first)
     spare = nfe - steps
     with tqdm(total=nfe, unit="NFE", delay=1.0, leave=False, disable=not progress) as bar:
         watch = _Watch(run)
@@ -170,10 +171,6 @@ def sample_corrected(
             watch.look(output, state)
             bar.update(count + 1)
     return state.x
-
-
-def _key(seed: int | Sequence[int]) -> int | tuple[int, ...]:
-    return int(seed) if isinstance(seed, (int, np.integer)) else tuple(int(s) for s in seed)
 
 
 @dataclass(frozen=True, eq=False)

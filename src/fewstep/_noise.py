@@ -353,7 +353,7 @@ class Noise(Source):
     indices: indices of the samples instead of first, first + 1, ...
     """
 
-    seed: int | tuple[int, ...] = 0
+    seed: int | Sequence[int] = 0
     first: int = 0
     path: bool = False
     resolution: float = 2.0**-16
@@ -361,7 +361,7 @@ class Noise(Source):
 
     def __post_init__(self) -> None:
         put = object.__setattr__
-        if isinstance(self.seed, (tuple, list, np.ndarray)):
+        if isinstance(self.seed, (Sequence, np.ndarray)) and not isinstance(self.seed, str):
             put(self, "seed", tuple(_natural("seed", s, 64) for s in self.seed))
         else:
             put(self, "seed", _natural("seed", self.seed, 64))
@@ -429,7 +429,7 @@ class Noise(Source):
             raise ValueError(f"samples = {chosen}; need indices from 0 to {batch - 1}")
         indices = self.indices
         if isinstance(self.seed, tuple):
-            seed: int | tuple[int, ...] = tuple(self.seed[i] for i in chosen)
+            seed: int | Sequence[int] = tuple(self.seed[i] for i in chosen)
         else:
             seed, indices = self.seed, indices or range(self.first, self.first + batch)
         indices = None if indices is None else tuple(indices[i] for i in chosen)
@@ -591,5 +591,4 @@ def start_noise(
         (seed[i], 0), so that `seed=[a, b]` gives the first samples of runs a and b.
     first: index of the first sample, to continue or split a run.
     """
-    seeds: Any = seed  # any sequence; made a tuple there
-    return Noise(seeds, first).start(shape, dtype, device)
+    return Noise(seed, first).start(shape, dtype, device)

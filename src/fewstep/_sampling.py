@@ -265,7 +265,7 @@ def _begin(
     dtype: torch.dtype,
     process: Process | None = None,
 ) -> State:
-    source = as_source(Noise(_seeds(seed), first) if noise is None else noise)
+    source = as_source(Noise(seed, first) if noise is None else noise)
     if x is not None:
         if shape is not None and tuple(shape) != tuple(x.shape):
             raise ValueError(f"shape = {tuple(shape)}, but x has shape {tuple(x.shape)}")
@@ -286,14 +286,10 @@ def _begin(
         raise ValueError(f"dtype = {dtype}; need a floating-point type")
     z = start_noise(shape, seed, first=first, dtype=dtype, device=device)
     if process is not None:
-        z = process.noise_from(z, Noise(_seeds(seed), first))
+        z = process.noise_from(z, Noise(seed, first))
     if np.isnan(run.prior_std):
         raise ValueError("x is missing; the parts of this plan start at different noise scales")
     return run.start(z * run.prior_std, noise=source)
-
-
-def _seeds(seed: int | Sequence[int]) -> int | tuple[int, ...]:
-    return int(seed) if isinstance(seed, (int, np.integer)) else tuple(int(s) for s in seed)
 
 
 def _check_match(run: Plan, model: Model) -> None:

@@ -145,7 +145,7 @@ def add_noise(
     level: Level = process.level(start_time(process, start, grid, final, rounds))
     dtype = torch.promote_types(x.dtype, torch.float32)
     if noise is None:
-        source = Noise(seed, first)  # type: ignore[arg-type]
+        source = Noise(seed, first)
         eps: Tensor = process.noise_from(source.start(x.shape, dtype, x.device), source)
     elif not isinstance(noise, Tensor) or noise.shape != x.shape:
         shape = tuple(noise.shape) if isinstance(noise, Tensor) else type(noise).__name__

@@ -54,9 +54,9 @@ class Tree:
             raise ValueError(f"noise = {noise!r}; need a seed or fewstep.Noise")
 
         def derived(path: str, _: Any) -> Noise:
-            if isinstance(source.seed, tuple):
-                return replace(source, seed=tuple(_seed(s, path) for s in source.seed))
-            return replace(source, seed=_seed(source.seed, path))
+            if isinstance(source.seed, int):
+                return replace(source, seed=_seed(source.seed, path))
+            return replace(source, seed=tuple(_seed(s, path) for s in source.seed))
 
         return _map(derived, self.plans)
 
