@@ -46,7 +46,7 @@ data to noise, the formulas are the same with h < 0; a step to alpha = 0 is DDIM
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -162,7 +162,7 @@ class _Exponential:
         others = [n for n in history if n is not start and usable(self.form, self.variable, n)]
         if start.alpha == 0 or end.alpha == 0 or (end.sigma == 0 and self._first_only(end)):
             others = []
-        nodes, W = [start, *others], []
+        nodes = [start, *others]
         a, b = [0.0] * len(history), [0.0] * len(history)
         base = scale(self.form, end) / scale(self.form, start) if start.alpha else None
         if self.form == "v":
@@ -171,18 +171,37 @@ class _Exponential:
         else:  # DDIM
             a[at] = end.sigma / start.sigma
             b[at] = float(weights("data", self.variable, start, end, [start])[0])
-        while len(nodes) > 1:
+
+        def weigh(nodes: Sequence[Level]) -> list[float]:
             W = list(weights(self.form, self.variable, start, end, nodes, process))
             self._approximate(W, start, end, nodes)
-            if sum(map(abs, W)) <= self.growth * 2 ** len(nodes) * abs(sum(W)):
-                break
-            nodes.pop()
-        for node, w in zip(nodes[1:], W[1:], strict=False):
-            k = history.index(node)
-            a[k], b[k] = _add(0.0, 0.0, w, self.form, node)
-            a[at], b[at] = _add(a[at], b[at], -w, self.form, start)
-        order = 2 if len(nodes) == 3 and self.third == "shipped" else len(nodes)
+            return W
+
+        count = self._through(weigh, nodes, history, at, a, b)
+        order = 2 if count == 3 and self.third == "shipped" else count
         return Formula(a, b, order, self.form != "v", base)
+
+    def _through(
+        self,
+        weigh: Callable[[Sequence[Level]], list[float]],
+        nodes: Sequence[Level],
+        history: Sequence[Level],
+        at: int,
+        a: list[float],
+        b: list[float],
+    ) -> int:
+        """Add sum W_j (M_j - M_s) to a row from nodes[0] = history[at], through as many of the
+        nodes as do not amplify errors; how many that are."""
+        for count in range(len(nodes), 1, -1):
+            W = weigh(nodes[:count])
+            if sum(map(abs, W)) > self.growth * 2**count * abs(sum(W)):
+                continue
+            for node, w in zip(nodes[1:count], W[1:], strict=True):
+                k = history.index(node)
+                a[k], b[k] = _add(0.0, 0.0, w, self.form, node)
+                a[at], b[at] = _add(a[at], b[at], -w, self.form, nodes[0])
+            return count
+        return 1
 
     def _first_only(self, end: Level) -> bool:
         """Whether the formula beyond order 1 has no limit at this clean end."""

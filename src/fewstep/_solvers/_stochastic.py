@@ -378,8 +378,8 @@ class _Stochastic(_Exponential):
 
     def _formula(self, process: Process, history: Sequence[Level], end: Level, at: int) -> Formula:
         """A step from history[at], through it and all other levels of the history."""
-        start, count = history[at], len(history)
-        a, b = [0.0] * count, [0.0] * count
+        start, size = history[at], len(history)
+        a, b = [0.0] * size, [0.0] * size
         if end.sigma == 0:
             b[at] = end.alpha
             return Formula(a, b, 1)
@@ -401,22 +401,18 @@ class _Stochastic(_Exponential):
             std = math.sqrt(variance)
         others = [n for n in history if n is not start and usable(self.form, self.variable, n)]
         nodes = [start, *(others if start.alpha else [])]
-        W: list[float] = []
-        while len(nodes) > 1:
+
+        def weigh(nodes: Sequence[Level]) -> list[float]:
             W = list(_weights(self.form, self.variable, noise, start, end, nodes))
             self._approximate(W, start, end, nodes)
             if len(nodes) == 2 and self.second == "bh1":
                 W[1] *= (h + E) / h
                 W[0] -= W[1] * E / (h + E)
-            if sum(map(abs, W)) <= self.growth * 2 ** len(nodes) * abs(sum(W)):
-                break
-            nodes.pop()
-        for node, w in zip(nodes[1:], W[1:], strict=False):
-            k = history.index(node)
-            a[k], b[k] = _add(0.0, 0.0, w, self.form, node)
-            a[at], b[at] = _add(a[at], b[at], -w, self.form, start)
+            return W
+
+        count = self._through(weigh, nodes, history, at, a, b)
         exact = data and self.s_noise == 1
-        return Formula(a, b, len(nodes), exact, noise={draw: std * self.s_noise})
+        return Formula(a, b, count, exact, noise={draw: std * self.s_noise})
 
     def _clock(
         self, noise: _Noise, data: bool, start: Level, end: Level
