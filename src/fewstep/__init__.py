@@ -16,6 +16,7 @@ from ._analysis import ErrorConstant, Orders, Stability
 from ._analytic import analytic_first, begin_analytically
 from ._basis import Basis, Channel, Cosine, Identity, LowRank
 from ._batch import Batch, batch
+from ._cld import CLD, CLDPlan, CLDStep, sample_cld
 from ._compiled import Compiled, compiled
 from ._denoiser import Denoiser, Guided, Model
 from ._gddim import Blurring, dissipation
@@ -69,6 +70,7 @@ from ._version import __version__
 from ._weights import weights
 
 __all__ = [
+    "CLD",
     "EDM",
     "PFGM",
     "VE",
@@ -78,6 +80,8 @@ __all__ = [
     "Batch",
     "Blurring",
     "BrownianPath",
+    "CLDPlan",
+    "CLDStep",
     "Call",
     "Centred",
     "Channel",
@@ -183,6 +187,7 @@ __all__ = [
     "sa_solver",
     "sample",
     "sample_adaptive",
+    "sample_cld",
     "sample_corrected",
     "sample_levenberg",
     "scales_from_data",

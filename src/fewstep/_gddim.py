@@ -14,8 +14,8 @@ constant along the trajectory; with noise, per mode, the exact first-order row f
 Sources: gDDIM: generalized denoising diffusion implicit models (arXiv 2206.05564), for diagonal
 drifts; Blurring diffusion models (arXiv 2209.05557), whose sampler is "ddpm" (eta^2 = 1), with
 tau = sigma_b^2 / 2, sigma_b = sigma_max sin^2(pi t / 2), m = 0.001. The official gDDIM covariance
-ODE leaves out a transpose, which diagonal drifts do not notice. Momentum paths (CLD), where levels
-are 2 x 2 matrices, are not covered.
+ODE leaves out a transpose, which diagonal drifts do not notice. Momentum paths, where levels
+are 2 x 2 matrices, are in `_cld`.
 """
 
 from __future__ import annotations
