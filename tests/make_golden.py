@@ -5,8 +5,8 @@
 SOURCE is a folder with manifest.json, problems.npz and <implementation>.npz: final states that the
 official implementations reach on exact Gaussian mixtures, computed in float64. Kept are the first
 samples of every case but a few, which are counted by reason, so that the tests can say what they do
-not cover. FILE holds single rows in several forms; those that fewstep
-has are kept.
+not cover, and the model statistics that DPM-Solver-v3 was given. FILE holds single rows in several
+forms; those that fewstep has are kept.
 """
 
 from __future__ import annotations
@@ -50,13 +50,12 @@ DROPPED = {
     "num_inference_steps",
     "steps",
     "n",
+    "indexes",
+    "statistics_steps",
 }
 
 #: Why some are not kept: the first pattern that matches "implementation:method".
-MISSING = (
-    (r"dpm_solver_v3:.*", "needs statistics of the network (DPM-Solver-v3)"),
-    (r"flow_matching:(dopri5|bosh3)", "adaptive Runge-Kutta of a general ODE package"),
-)
+MISSING = ((r"flow_matching:(dopri5|bosh3)", "adaptive Runge-Kutta of a general ODE package"),)
 
 
 def left_out(case: dict) -> str | None:
@@ -140,6 +139,7 @@ def main() -> None:
     finals: dict[str, list[np.ndarray]] = {p: [] for p in SAMPLES}
     rows: dict[str, list] = {"lists": [], "args": []}
     known: dict[str, dict[str, int]] = {"lists": {}, "args": {}}
+    tables: dict[str, np.ndarray] = {}
     cases = []
     skipped: dict[str, collections.Counter] = collections.defaultdict(collections.Counter)
 
@@ -161,6 +161,9 @@ def main() -> None:
             with np.load(options.source / f"{name}.npz") as file:
                 results[name] = {key: file[key] for key in file.files}
         stored = results[name][case["array"]]
+        if "statistics" in args and f"{args['statistics']}/lam" not in tables:
+            with np.load(options.source / f"{args['statistics']}.npz") as file:
+                tables |= {f"{args['statistics']}/{key}": file[key] for key in file.files}
         reference = manifest["references"][case["ref"]]
         if reference["start_coord"] == "ve":
             start = ["ve", float(reference["scale"])]
@@ -224,6 +227,7 @@ def main() -> None:
     options.target.mkdir(exist_ok=True)
     (options.target / "cases.json").write_text(text[:-2] + f',\n "cases": [\n{lines}\n]}}\n')
     np.savez_compressed(options.target / "states.npz", **arrays)
+    np.savez_compressed(options.target / "statistics.npz", **tables)
     print(f"{len(cases)} of {len(manifest['cases'])} cases kept")
 
 

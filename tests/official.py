@@ -23,12 +23,14 @@ from torch import Tensor
 
 import fewstep as fs
 from fewstep._adaptive import _Method, _sample
+from fewstep._calibrate._ems import EMS
 from fewstep._hooks import clip, dynamic_threshold
 from fewstep._solvers._momentum import ipndm, unic
 from fewstep._solvers._pndm import pndm
 from fewstep._solvers._reversible import bdia
 from fewstep._solvers._runge_kutta import runge_kutta, tableaus
 from fewstep._solvers._singlestep import Singlestep, singlestep
+from fewstep._solvers._v3 import dpm_solver_v3
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -59,6 +61,18 @@ def arrays() -> dict[str, np.ndarray]:
 def stored(i: int) -> tuple[float, ...]:
     values = arrays()["lists"][i]
     return tuple(values[~np.isnan(values)].tolist())
+
+
+@cache
+def statistics(name: str, degenerated: bool) -> EMS:
+    """Of a network, as DPM-Solver-v3 was given them. degenerated: those of the data form, on the
+    same lambdas."""
+    with np.load(GOLDEN / "statistics.npz") as file:
+        lam, l, s, b = (file[f"{name}/{key}"] for key in ("lam", "l", "s", "b"))
+    if degenerated:
+        zero = np.zeros(len(lam))
+        return EMS(lam, zero + 1, zero, zero)
+    return EMS(lam, l, s, b)
 
 
 def implementation(case: dict) -> str:
@@ -185,6 +199,18 @@ def solver_for(case: dict) -> fs.Multistep:
     args = arguments(case)
     form, variable, second, third = "data", "lambda", "exact", "exact"
     order, corrector = 1, False
+    if name == "dpm_solver_v3":
+        corrector = ("above" if args["half"] else "full") if args["use_corrector"] else "none"
+        return dpm_solver_v3(
+            statistics(args["statistics"], args["degenerated"]),
+            args["order"],
+            pseudo=args["p_pseudo"],
+            corrector=corrector,
+            corrector_pseudo=args["c_pseudo"],
+            lower_final=args["lower_order_final"],
+            rule="trapezoid",
+            growth=math.inf,
+        )
     if name == "bdia" and args["gamma"]:
         return bdia("ddim", args["gamma"])
     if method.startswith("ipndm") and "_v" not in method:
@@ -988,6 +1014,9 @@ def compile_case(case: dict) -> Compiled:
         found = ablation(case)
     elif name == "diffusers_pndm":
         found = plms(case)
+    elif name == "dpm_solver_v3":
+        steps = steps_of(case)
+        found = planned(steps.process, solver_for(case), steps.times, "noise")
     elif args.get("afs") or (method.startswith("ipndm_v") and args["max_order"] > 2):
         found = adams(case)
     elif (solver := singlestep_for(case)) is not None:
@@ -1110,9 +1139,10 @@ def same_method(one: fs.Plan, other: fs.Plan) -> bool:
     """Whether two plans are the same method, up to rounding."""
     if [level.t for level in one.evaluations] != [level.t for level in other.evaluations]:
         return False
-    return all(
-        np.allclose(a, b, rtol=1e-9, atol=1e-11)
-        for a, b in zip(one.canonical(), other.canonical(), strict=True)
+    tables = one.canonical(), other.canonical()
+    shapes = [[v.shape for v in part] for part in tables]
+    return shapes[0] == shapes[1] and all(
+        np.allclose(a, b, rtol=1e-9, atol=1e-11) for a, b in zip(*tables, strict=True)
     )
 
 

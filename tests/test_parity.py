@@ -29,6 +29,8 @@ its inner states or its rows by hand:
     adaptive    one error for the whole batch (its largest or mean), where here every sample has its
                 own; dpm_solver takes its factor of the step through float32
     rounding    diffusers may evaluate the network at a rounded time and step from the exact sigma
+    snapped     nodes of DPM-Solver-v3 are values of its table of statistics, its integrals sums
+                over that table: rule = "trapezoid", and no limit of growth
     sums        DEIS takes Riemann sums of 10,000 points for its integrals. Its cases run twice:
                 with these sums in hand-made rows they agree as all others do; with our exact
                 weights they differ by what the integrals differ by (recorded with the results)
@@ -97,6 +99,7 @@ COVERED = {
     "diffusers_sasolver": (210, 138),
     "diffusers_unipc_multistep": (364, 247),
     "dpm_solver": (469, 301),
+    "dpm_solver_v3": (448, 448),
     "edm_dpm_solver": (252, 162),
     "edm_heun_v3repo": (17, 17),
     "edm_unipc": (252, 205),

@@ -16,6 +16,16 @@ from ._analysis import ErrorConstant, Orders, Stability
 from ._analytic import analytic_first, begin_analytically
 from ._basis import Basis, Channel, Cosine, Identity, LowRank
 from ._batch import Batch, batch
+from ._calibrate._calibrate import calibrate
+from ._calibrate._compensate import Cascade, Compensation, compensated, fit_ratios
+from ._calibrate._diagnose import Diagnosis, Hypothesis, diagnose
+from ._calibrate._ems import EMS
+from ._calibrate._learn import Learned, learn
+from ._calibrate._recipe import Candidate, Recipe
+from ._calibrate._schedule import Choice, Schedule, schedule_of
+from ._calibrate._search import Searched, search
+from ._calibrate._statistics import estimate_ems
+from ._calibrate._teacher import Teacher, teach
 from ._cld import CLD, CLDPlan, CLDStep, sample_cld
 from ._compiled import Compiled, compiled
 from ._denoiser import Denoiser, Guided, Model
@@ -62,6 +72,7 @@ from ._solvers._runge_kutta import (
 from ._solvers._seeds import ancestral_singlestep, dpmpp_sde, seeds
 from ._solvers._singlestep import Singlestep, singlestep
 from ._solvers._stochastic import Window, ancestral, er_sde, jump, sa_solver, sde
+from ._solvers._v3 import dpm_solver_v3
 from ._stacked import stacked
 from ._statistics import Statistics, scales_from_data, scales_from_jacobian, scales_from_model
 from ._transition import Transition
@@ -72,6 +83,7 @@ from ._weights import weights
 __all__ = [
     "CLD",
     "EDM",
+    "EMS",
     "PFGM",
     "VE",
     "VP",
@@ -83,14 +95,19 @@ __all__ = [
     "CLDPlan",
     "CLDStep",
     "Call",
+    "Candidate",
+    "Cascade",
     "Centred",
     "Channel",
+    "Choice",
+    "Compensation",
     "Compiled",
     "Cosine",
     "CosineVP",
     "CostGrid",
     "Custom",
     "Denoiser",
+    "Diagnosis",
     "DiscreteVP",
     "Draft",
     "Draw",
@@ -102,8 +119,10 @@ __all__ = [
     "Grid",
     "Guided",
     "Hook",
+    "Hypothesis",
     "Identity",
     "Interpolant",
+    "Learned",
     "Level",
     "LowRank",
     "MeanReverting",
@@ -116,8 +135,11 @@ __all__ = [
     "Plan",
     "Prediction",
     "Process",
+    "Recipe",
     "Record",
     "Row",
+    "Schedule",
+    "Searched",
     "Singlestep",
     "Solver",
     "Source",
@@ -126,6 +148,7 @@ __all__ = [
     "State",
     "Statistics",
     "Tableau",
+    "Teacher",
     "TimeShifted",
     "Transition",
     "Tree",
@@ -141,23 +164,29 @@ __all__ = [
     "bdia",
     "begin_analytically",
     "beta",
+    "calibrate",
     "chain",
     "churn",
     "clip",
+    "compensated",
     "compiled",
     "convert",
     "denoising_gibbs",
+    "diagnose",
     "dissipation",
     "dmn",
+    "dpm_solver_v3",
     "dpmpp_sde",
     "dualfast",
     "dynamic_threshold",
     "edict",
     "edm",
     "er_sde",
+    "estimate_ems",
     "exact",
     "exponential",
     "exponential_runge_kutta",
+    "fit_ratios",
     "flow_grpo",
     "gammas",
     "gaussian",
@@ -169,6 +198,7 @@ __all__ = [
     "jump",
     "karras",
     "langevin",
+    "learn",
     "models",
     "node_lists",
     "noise_in_steps",
@@ -193,7 +223,9 @@ __all__ = [
     "scales_from_data",
     "scales_from_jacobian",
     "scales_from_model",
+    "schedule_of",
     "sde",
+    "search",
     "second_state",
     "seeds",
     "shifted",
@@ -206,6 +238,7 @@ __all__ = [
     "steps",
     "tableaus",
     "tabulated",
+    "teach",
     "tree",
     "unic",
     "velocity",

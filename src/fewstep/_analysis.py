@@ -125,6 +125,7 @@ def _distinct(plan: Plan) -> list[float]:
 
 
 def _value(row: Row, states: Mapping[int, Any], outputs: Mapping[int, Any]) -> Any:
+    """Without the constant: what responds to states and data predictions."""
     total = sum((c * states[j] for j, c in row.a.items()), 0.0)
     return total + sum((c * outputs[j] for j, c in row.b.items()), 0.0)
 
@@ -165,8 +166,7 @@ class _Problem:
 
 def _local_error(draft: Draft, step: range, problem: _Problem) -> float:
     """The largest error of a step from exact history, relative to the state."""
-    dims = [np.ndim(c) for row in draft.rows for c in (*row.a.values(), *row.b.values())]
-    dim = max(dims, default=0)
+    dim = max(np.ndim(c) for row in draft.rows for c in row.coefficients)
     states: dict[int, Array] = {}
     outputs: dict[int, Array] = {}
 
@@ -180,7 +180,8 @@ def _local_error(draft: Draft, step: range, problem: _Problem) -> float:
         states[k] = problem.state(draft.levels[k], dim)
         ask(k)
     for k in step:
-        states[k] = _value(draft.rows[k - draft.given], states, outputs)
+        row = draft.rows[k - draft.given]
+        states[k] = _value(row, states, outputs) + row.c
         if k < step[-1]:
             ask(k)
     end = draft.levels[step[-1]]
@@ -408,6 +409,7 @@ def _radius(frozen: _Frozen, s: NDArray[Any]) -> Array:
 class Stability:
     """Linear stability of a plan, on dy / dlambda = -s y, y = x / alpha.
 
+    Constants in rows do not matter: differences of two runs do not have them.
     That is a network with D = (1 - s) x / alpha: s = 1 is constant data; guidance and sharp data
     make s large (guidance of weight w multiplies the conditional part by w). The step to n + 1 is
     held fixed, repeated for ever, and called stable for the s for which no solution grows.
@@ -622,8 +624,9 @@ class ErrorConstant:
 
     p its order. Data-form methods in lambda have C_p alone: DDIM 1/2, Adams-Bashforth 2 5/12. Rows
     of another form or variable (noise, flow; rho, t) are exact on other functions than polynomials
-    in lambda, and have all C_k. What a Runge-Kutta step adds because D depends on its stages
-    (terms in dD/dy) is not in these numbers.
+    in lambda, and have all C_k. Not in these numbers: what a Runge-Kutta step adds because D
+    depends on its stages (terms in dD/dy); and, of rows that know statistics of the data, the parts
+    of the error that are constant or in proportion to y.
 
     order: p of the steps in bulk. limit: C_1 .. C_p for equal steps h -> 0, at the middle of the
         plan; empty if the plan cannot be compiled again.

@@ -123,16 +123,18 @@ def _replaced(row: Row, g: Any, j: int) -> Row:
         return row
     a, b = dict(row.a), dict(row.b)
     a[j] = a.get(j, 0.0) + b.pop(j) * g
-    return _row({k: v for k, v in a.items() if np.any(v != 0)}, b, row.e)
+    return _row({k: v for k, v in a.items() if np.any(v != 0)}, b, row.e, row.c)
 
 
-def _row(a: dict[int, Any], b: dict[int, Any], e: Mapping[int, Any] | None = None) -> Row:
+def _row(
+    a: dict[int, Any], b: dict[int, Any], e: Mapping[int, Any] | None = None, c: Any = 0.0
+) -> Row:
     """A row that the Gaussian made."""
     if not b and not e and len(a) == 1:
         # 1 as an array: this step is no idle one, which plans refuse. Unit data on a VP process
         # stay where they are, but for their mean.
         a = {j: np.ones(1) if np.ndim(v) == 0 and v == 1 else v for j, v in a.items()}
-    return Row(a, b, 0, exact=False, e=e or {})
+    return Row(a, b, 0, exact=False, e=e or {}, c=c)
 
 
 def _skip(run: Plan, process: Process, c: Any) -> Plan:
@@ -149,7 +151,7 @@ def _skip(run: Plan, process: Process, c: Any) -> Plan:
     rows = [_row({0: k}, {})]
     for row in run.rows:
         a, b = ({j + 1: v for j, v in terms.items()} for terms in (row.a, row.b))
-        rows.append(Row(a, b, row.order, row.exact, row.e))
+        rows.append(Row(a, b, row.order, row.exact, row.e, row.c))
     return replace(
         run,
         levels=(s, *run.levels),

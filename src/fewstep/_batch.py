@@ -13,7 +13,7 @@ from torch import Tensor
 from ._denoiser import Guided, Model, check_output
 from ._plan import Hook, State
 from ._process import Level
-from ._sampling import _check_match
+from ._sampling import check_match
 
 __all__ = ["Batch", "batch"]
 
@@ -110,7 +110,7 @@ class Batch:
         cond = _joined("conds", [given[i] for i in which], sizes)
         for i in which:
             if self.states[i].nfe == 0:
-                _check_match(self.states[i].plan, models[i])
+                check_match(self.states[i].plan, models[i])
         one = _common([models[i] for i in which], sizes)
         with torch.no_grad():
             return self.advance(one.output(*self.query(), self.level, cond), hook)

@@ -40,7 +40,7 @@ try:
 except ModuleNotFoundError:  # installed without a compiler
     _kernel = None
 
-__all__ = ["KERNEL", "Coefficient", "combine", "uploaded"]
+__all__ = ["KERNEL", "Coefficient", "combine", "plus", "uploaded"]
 
 #: Whether the compiled kernel is there and in use (the environment variable FEWSTEP_KERNEL=0
 #: leaves it out).
@@ -99,6 +99,11 @@ def combine(terms: Sequence[tuple[Coefficient, Tensor]], dtype: torch.dtype) -> 
         total = (v.to(dtype) * c) if total is None else total.addcmul_(v, c)
     assert total is not None
     return total
+
+
+def plus(total: Tensor, c: Coefficient) -> Tensor:
+    """total + c, in place: a new tensor from `combine` that nobody else holds yet."""
+    return total.add_(c if isinstance(c, (float, int)) else uploaded(c, total.device, total.dtype))
 
 
 def _is_one(c: float, dtype: torch.dtype) -> bool:

@@ -1,7 +1,8 @@
-"""The commands: sample, plan, solvers, models."""
+"""The commands: sample, calibrate, plan, solvers, models."""
 
 from __future__ import annotations
 
+import importlib
 import sys
 import time
 from collections.abc import Callable
@@ -16,6 +17,9 @@ from PIL import Image
 from rich.console import Console
 from rich.table import Table
 
+from ._calibrate._calibrate import METHODS, calibrate
+from ._calibrate._picture import draw
+from ._calibrate._recipe import Recipe
 from ._denoiser import Guided, Model
 from ._grids import grids
 from ._noise import Noise
@@ -78,6 +82,7 @@ Nfe = Annotated[
         "--nfe", "-n", help=f"Network evaluations to spend on every sample. Default {DEFAULT_NFE}."
     ),
 ]
+Device = Annotated[str, typer.Option(help="Torch device, for example cpu or cuda.")]
 FinalName = Annotated[
     Final | None,
     typer.Option(
@@ -116,7 +121,13 @@ def sample_command(
         Path | None,
         typer.Option("--plan", help="Run this saved plan instead of solver, grid, nfe and final."),
     ] = None,
-    device: Annotated[str, typer.Option(help="Torch device, for example cpu or cuda.")] = "cpu",
+    recipe_file: Annotated[
+        Path | None,
+        typer.Option(
+            "--recipe", help="Run the plan that this recipe (`fewstep calibrate`) has for --nfe."
+        ),
+    ] = None,
+    device: Device = "cpu",
     out: Annotated[Path, typer.Option("--out", "-o", help="Picture to write.")] = Path(
         "samples.png"
     ),
@@ -134,7 +145,13 @@ def sample_command(
     if labels is not None:
         cond = {"label": torch.tensor(labels, device=device)}
         denoiser = Guided(denoiser, guidance, bundled.uncond)
-    if plan_file is None:
+    if recipe_file is not None:
+        given = {"solver": solver, "grid": grid, "final": final, "plan": plan_file}
+        for name, value in given.items():
+            if value is not None:
+                raise ValueError(f"{name} = {value}, but --recipe has its own; leave --{name} out")
+        chosen = Recipe.load(recipe_file).plan_for(denoiser, nfe)
+    elif plan_file is None:
         chosen = _plan(solver, denoiser, nfe, grid, final)
     else:
         given = {"solver": solver, "grid": grid, "nfe": nfe, "final": final}
@@ -166,6 +183,115 @@ def sample_command(
         f"{chosen.about.get('grid', 'its own')} grid, {chosen.nfe} evaluations{each}, seed {seed}, "
         f"{seconds:.2g} s"
     )
+
+
+@app.command("calibrate")
+def calibrate_command(
+    model: Annotated[
+        str,
+        typer.Option(
+            "--model",
+            "-m",
+            help="A bundled model (`fewstep models`), or package.module:name of your own denoiser "
+            "(or of a function that returns it).",
+        ),
+    ] = "digits",
+    nfe: Annotated[
+        str, typer.Option("--nfe", "-n", help="Numbers of evaluations to find plans for.")
+    ] = "5,6,8,10",
+    shape: Annotated[
+        str | None, typer.Option(help="Of one sample, such as 3x32x32. Bundled models know theirs.")
+    ] = None,
+    guidance: Annotated[
+        float | None,
+        typer.Option(help="Classifier-free guidance scale (bundled models with classes)."),
+    ] = None,
+    methods: Annotated[str, typer.Option(help=f"What to try, of {', '.join(METHODS)}.")] = ",".join(
+        METHODS
+    ),
+    jacobian: Annotated[
+        str,
+        typer.Option(
+            help="Of learned plans: reverse, forward, or differences (network calls only: for "
+            "compiled, quantised, half-precision or remote networks)."
+        ),
+    ] = "reverse",
+    noises: Annotated[
+        str, typer.Option(help="Noises for fits, for the choice, and for the report.")
+    ] = "256,128,256",
+    budget: Annotated[
+        float | None, typer.Option(help="Seconds; what does not fit is left out and named.")
+    ] = None,
+    batch: Annotated[int, typer.Option(help="Samples per network call.")] = 256,
+    seed: Annotated[int, typer.Option(help="Of all noises.")] = 0,
+    device: Device = "cpu",
+    picture: Annotated[
+        Path | None,
+        typer.Option(help="Draw errors, and samples beside the converged ones, to this file."),
+    ] = None,
+    parts: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder for finished parts; with the same one, a killed command goes on from "
+            "there. Default: the recipe's name with .parts."
+        ),
+    ] = None,
+    out: Annotated[Path, typer.Option("--out", "-o", help="Recipe to write.")] = Path(
+        "recipe.fewstep.safetensors"
+    ),
+) -> None:
+    """Fit samplers to a model, and write the best of each length to a recipe.
+
+    Example: fewstep calibrate --guidance 1.5 --nfe 5,8 --out digits.recipe --picture errors.png,
+    then: fewstep sample --guidance 1.5 --recipe digits.recipe --nfe 5
+    """
+    if not out.resolve().parent.is_dir():
+        raise ValueError(f"out = {out}: the folder {out.resolve().parent} does not exist")
+    if picture is not None:
+        _check_picture(picture)
+    _check_device(device)
+    counts, sizes = _integers("nfe", nfe), _integers("noises", noises)
+    if len(sizes) != 3:
+        raise ValueError(f"noises = {noises}; need three numbers, such as 256,128,256")
+    cond: dict[str, Any] = {}
+    uncond, data_range = None, (-1.0, 1.0)
+    if ":" in model:
+        denoiser = _imported(model)
+        if shape is None:
+            raise ValueError("shape is missing; give that of one sample, such as 3x32x32")
+        if guidance is not None:
+            raise ValueError("guidance is for bundled models; wrap your own in fewstep.Guided")
+    else:
+        bundled = find(model)
+        denoiser = load(model, device)
+        shape = "x".join(map(str, bundled.shape)) if shape is None else shape
+        data_range = bundled.data_range
+        if bundled.classes:
+            cond = {"label": torch.arange(bundled.classes, device=device)}
+            uncond = bundled.uncond if guidance is not None else None
+    recipe = calibrate(
+        denoiser,
+        _integers("shape", shape, "x"),
+        counts,
+        cond=cond,
+        guidance=guidance,
+        uncond=uncond,
+        methods=[m.strip() for m in methods.split(",") if m.strip()],
+        noises=(sizes[0], sizes[1], sizes[2]),
+        jacobian=jacobian,
+        budget=budget,
+        seed=seed,
+        batch=batch,
+        resume=out.with_name(out.name + ".parts") if parts is None else parts,
+        device=device,
+    )
+    recipe.save(out)
+    print(recipe)
+    if picture is not None:
+        drawn = denoiser if guidance is None else Guided(denoiser, guidance, uncond or {})
+        draw(recipe, picture, drawn, cond, data_range)
+        print(f"drawn to {picture}")
+    print(f"saved to {out}")
 
 
 @app.command("plan")
@@ -327,6 +453,30 @@ def _check_device(device: str) -> None:
     except (AssertionError, RuntimeError, NotImplementedError) as error:
         reason = str(error).splitlines()[0]
         raise ValueError(f"device = {device}: {reason}; cpu always works") from None
+
+
+def _integers(name: str, text: str, separator: str = ",") -> list[int]:
+    try:
+        return [int(part) for part in text.lower().split(separator)]
+    except ValueError:
+        raise ValueError(f"{name} = {text}; give integers separated by {separator!r}") from None
+
+
+def _imported(name: str) -> Model:
+    """The denoiser package.module:name, or what it returns."""
+    module, _, attribute = name.partition(":")
+    sys.path.insert(0, "")  # as with `python -m`: modules of the folder one is in
+    try:
+        found = getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(f"model = {name}: {error}") from error
+    finally:
+        sys.path.remove("")
+    if not isinstance(found, Model) and callable(found):
+        found = found()
+    if not isinstance(found, Model):
+        raise ValueError(f"model = {name} is {found!r}; need a fewstep.Denoiser or Guided")
+    return found
 
 
 def _labels(bundled: Bundled, text: str | None, count: int) -> list[int] | None:

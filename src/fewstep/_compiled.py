@@ -8,7 +8,7 @@ step. Here they are rows of one small tensor on the device, uploaded once per ru
 
 over fixed windows of past states X and past values V, padded with zeros while a run starts up.
 V are data predictions, or raw outputs (p = 0, q = 1) where rows then have fewer terms. What a
-stochastic step draws is summed outside and comes in as one more tensor.
+stochastic step draws, and the constants of rows, are summed outside and come in as one more tensor.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ._combine import combine
+from ._combine import combine, plus
 from ._denoiser import Guided, Model, check_output
 from ._noise import Noise, Source, as_source
 from ._plan import Plan
@@ -57,7 +57,8 @@ def _program(plan: Plan) -> _Program:
         )
     rows, calls = fused.rows, [call for call in fused.calls if call is not None]
     for row in rows:
-        if not all(isinstance(c, (int, float)) for c in row.coefficients):
+        terms = (*row.a.values(), *row.b.values(), *row.e.values())
+        if not all(isinstance(c, (int, float)) for c in terms):
             raise ValueError(f"plan: {plan!r} has coefficients per mode; only numbers are compiled")
     states = max(made - j for made, row in enumerate(rows, 1) for j in (*row.a, made - 1))
     values = max(made - j for made, row in enumerate(rows, 1) for j in (*row.b, made - 1))
@@ -77,19 +78,21 @@ def _program(plan: Plan) -> _Program:
 
 
 def _noise(program: _Program, like: Tensor, source: Source) -> Iterator[Tensor | None]:
-    """What every step adds: sum e Z; None for a plan without draws."""
+    """What every step adds: sum e Z + c; None for a plan without draws and constants."""
     plan, kept = program.plan, dict[int, Tensor]()
-    last = plan._last_use[2]
+    last, shifted = plan._last_use[2], any(row.shifts for row in plan.rows)
+    shape = np.broadcast_shapes(*(np.shape(row.c) for row in plan.rows))
     for made, row in enumerate(plan.rows, 1):
-        if not plan.draws:
-            yield None
+        if not plan.draws:  # constants alone stay as small as they are, all of one shape
+            c = np.array(np.broadcast_to(row.c, shape))
+            yield torch.from_numpy(c).to(like.device, like.dtype) if shifted else None
         elif not row.e:
-            yield torch.zeros_like(like)
+            yield plus(torch.zeros_like(like), row.c)
         else:
             for m in row.e:
                 if m not in kept:
                     kept[m] = source.draw(plan.draws[m], m, like)
-            yield combine([(c, kept[m]) for m, c in row.e.items()], like.dtype)
+            yield plus(combine([(c, kept[m]) for m, c in row.e.items()], like.dtype), row.c)
             kept = {m: z for m, z in kept.items() if last[m] > made}
 
 

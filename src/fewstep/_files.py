@@ -27,6 +27,7 @@ __all__ = [
     "read",
     "state_from_bytes",
     "state_to_bytes",
+    "to_bytes",
     "write",
 ]
 
@@ -69,6 +70,8 @@ def plan_arrays(plan: Plan) -> dict[str, Array]:
         for kind, terms in (("a", row.a), ("b", row.b), ("e", row.e)):
             for j, c in terms.items():
                 out[f"{kind}.{i}.{j}"] = np.array(c, dtype=np.float64, order="C")
+        if row.shifts:
+            out[f"c.{i}"] = np.array(row.c, dtype=np.float64, order="C")
     if plan.basis is not None:
         for name, array in plan.basis.arrays().items():
             out[f"basis.{name}"] = np.ascontiguousarray(array)
@@ -93,17 +96,20 @@ def _plan(meta: Mapping[str, str], data: Mapping[str, Array]) -> Plan:
         same = np.array_equal(numbers[4:], own)
         calls.append(Call(*scalars, level=None if same else _level(numbers[4:])))
     terms: list[dict[str, dict[int, Any]]] = [{"a": {}, "b": {}, "e": {}} for _ in data["rows"]]
+    constants: list[Any] = [0.0] * len(terms)
     parts: dict[str, Array] = {}
     for key, value in data.items():
         kind, *where = key.split(".")
         if kind in ("a", "b", "e"):
             i, j = map(int, where)
             terms[i][kind][j] = float(value) if value.ndim == 0 else value
+        elif kind == "c":
+            constants[int(where[0])] = float(value) if value.ndim == 0 else value
         elif kind == "basis":
             parts[where[0]] = value
     rows = tuple(
-        Row(term["a"], term["b"], int(order), bool(exact), term["e"])
-        for term, (order, exact) in zip(terms, data["rows"], strict=True)
+        Row(term["a"], term["b"], int(order), bool(exact), term["e"], c)
+        for term, (order, exact), c in zip(terms, data["rows"], constants, strict=True)
     )
     draws = []
     for row in data.get("draws", ()):
@@ -147,10 +153,22 @@ def _tensors(arrays: Mapping[str, Array], prefix: str = "") -> dict[str, Tensor]
     return {prefix + k: torch.from_numpy(np.array(v, order="C")) for k, v in arrays.items()}
 
 
+def to_bytes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:
+    """Tensors as safetensors: the same bytes for the same content. (The library writes metadata in
+    an order of its own, another one every time.)"""
+    content = save_tensors(dict(tensors), metadata=dict(metadata))
+    size = int.from_bytes(content[:8], "little")
+    head = json.loads(content[8 : 8 + size])
+    head["__metadata__"] = dict(sorted(head["__metadata__"].items()))
+    text = json.dumps(head, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text + content[8 + size :]
+
+
 def plan_to_bytes(plan: Plan) -> bytes:
     """A plan as safetensors, the description as metadata."""
     meta = {"format": _PLAN, **_plan_meta(plan)}
-    return save_tensors(_tensors(plan_arrays(plan)), metadata=meta)
+    return to_bytes(_tensors(plan_arrays(plan)), meta)
 
 
 def plan_from_bytes(content: bytes) -> Plan:
@@ -213,7 +231,7 @@ def state_to_bytes(state: State) -> bytes:
     }
     # Copies: safetensors refuses tensors that share memory, and views that are not dense.
     copies = {k: v.detach().to("cpu", copy=True).contiguous() for k, v in tensors.items()}
-    return save_tensors(copies, metadata=meta)
+    return to_bytes(copies, meta)
 
 
 def state_from_bytes(content: bytes, device: torch.device | str = "cpu") -> State:

@@ -2,10 +2,11 @@
 
 A plan is a lower-triangular linear program over past states and past data predictions,
 
-    X[k] = sum_j a[k,j] X[j] + sum_j b[k,j] D[j] + sum_m e[k,m] Z[m]        (j < k)
+    X[k] = sum_j a[k,j] X[j] + sum_j b[k,j] D[j] + sum_m e[k,m] Z[m] + c[k]      (j < k)
     D[j] = p[j] X[j] + q[j] out[j]
 
-with Z[m] independent standard normals (none for a deterministic method),
+with Z[m] independent standard normals (none for a deterministic method), and constants c (none but
+where a method knows something about the data),
 
 with the level (t, alpha, sigma, lambda) of every state and, for the states at which the network is
 called, the four scalars of its prediction. It is computed once, on the host, in float64. A plan
@@ -39,7 +40,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ._combine import combine, uploaded
+from ._combine import combine, plus, uploaded
 from ._denoiser import check_output
 from ._noise import Draw, Noise, Source, as_source
 from ._process import Array, Level
@@ -80,13 +81,15 @@ class Row:
     """How one state is made: coefficients `a` of earlier states and `b` of earlier data
     predictions, by index; the order of this row; whether it reproduces constant data and constant
     noise exactly (`exact`; with draws: constant data and the process's variance) or only to its
-    order; and coefficients `e` of the plan's draws."""
+    order; coefficients `e` of the plan's draws; and a constant `c`, the same for every sample. A
+    row with a constant is not exact: it does not map every constant data to itself."""
 
     a: Mapping[int, Coefficient]
     b: Mapping[int, Coefficient]
     order: int
     exact: bool = True
     e: Mapping[int, Coefficient] = field(default_factory=dict)
+    c: Coefficient = 0.0
 
     def __post_init__(self) -> None:
         # One order of terms, newest first, whatever made the row: sums have the same bits then.
@@ -96,8 +99,14 @@ class Row:
 
     @property
     def coefficients(self) -> tuple[Coefficient, ...]:
-        """All of them."""
-        return (*self.a.values(), *self.b.values(), *self.e.values())
+        """All of them, and the constant if there is one."""
+        c = (self.c,) if self.shifts else ()
+        return (*self.a.values(), *self.b.values(), *self.e.values(), *c)
+
+    @property
+    def shifts(self) -> bool:
+        """Whether it adds a constant."""
+        return bool(np.any(np.asarray(self.c) != 0))
 
 
 @dataclass(frozen=True, eq=False)
@@ -167,8 +176,10 @@ class Plan:
             problem = "uses a draw that the plan does not have"
         elif not row.a and not row.b:
             problem = "has no terms"
-        elif not row.b and not row.e and len(row.a) == 1 and np.all(row.coefficients[0] == 1):
+        elif len(row.coefficients) == len(row.a) == 1 and np.all(row.coefficients[0] == 1):
             problem = "copies a state: the step would do nothing"
+        elif row.exact and row.shifts:
+            problem = "adds a constant, so it does not reproduce constant data: exact is False"
         elif row.exact:
             data, noise, size = self._consistency(made, row, inside)
             if not (abs(data) <= _TOLERANCE * size and abs(noise) <= _TOLERANCE * size):
@@ -190,7 +201,7 @@ class Plan:
             assert call is not None  # checked when the plan was made
             b[j] = _over(c, call.q)
             a[j] = a.get(j, 0.0) - b[j] * call.p
-        return Row(a, b, row.order, row.exact, row.e)
+        return Row(a, b, row.order, row.exact, row.e, row.c)
 
     def _inside(self) -> list[Array]:
         """What is noise in every state when all data predictions are constant, as coefficients over
@@ -306,6 +317,11 @@ class Plan:
                 raise ValueError("x contains NaN or inf; start from finite values")
         if self.basis is not None:
             self.basis.check(tuple(x.shape[1:]))
+        elif self.axis is None and not _fits(self._shape, tuple(x.shape[1:])):
+            raise ValueError(
+                f"x is {tuple(x.shape)}; this plan has coefficients of shape {self._shape}, which "
+                "must broadcast against one sample"
+            )
         if self.axis is not None and not -x.ndim <= self.axis < 0:
             raise ValueError(f"x has {x.ndim} axes; this plan has levels along axis {self.axis}")
         count = 1 if self.axis is None else np.size(self.levels[0].sigma)
@@ -347,19 +363,21 @@ class Plan:
         return self.basis.mean_like(like)
 
     @cached_property
-    def _schedule(self) -> list[tuple[Any, Any, Any, list[int], list[int], list[int], bool]]:
-        """For every state: the terms of its row; the states, outputs and draws that nothing needs
-        any more once it is made; and whether the run stops there for an evaluation."""
+    def _schedule(self) -> list[tuple[Any, Any, Any, Any, list[int], list[int], list[int], bool]]:
+        """For every state: the terms of its row, and its constant or None; the states, outputs and
+        draws that nothing needs any more once it is made; and whether the run stops there for an
+        evaluation."""
         state_use, output_use, draw_use = self._last_use
         last = len(self.levels) - 1
-        out: list[tuple[Any, Any, Any, list[int], list[int], list[int], bool]] = []
+        out: list[tuple[Any, Any, Any, Any, list[int], list[int], list[int], bool]] = []
         kept: set[int] = set()
         held: set[int] = set()
         for k, call in enumerate(self.calls):
-            a, b, e, gone, spent, used = (), (), (), [], [], []
+            a, b, e, c, gone, spent, used = (), (), (), None, [], [], []
             if k >= self.given:
                 row = self.rows[k - self.given]
                 a, b, e = (tuple(part.items()) for part in (row.a, row.b, row.e))
+                c = row.c if row.shifts else None
                 kept |= set(range(self.given)) if k == self.given else set()
                 kept.add(k)
                 gone = [j for j in kept if j < k and state_use.get(j, -1) <= k]
@@ -369,8 +387,13 @@ class Plan:
             held.difference_update(spent)
             if call is not None and k in output_use:
                 held.add(k)
-            out.append((a, b, e, gone, spent, used, call is not None or k == last))
+            out.append((a, b, e, c, gone, spent, used, call is not None or k == last))
         return out
+
+    @cached_property
+    def _shape(self) -> tuple[int, ...]:
+        """What coefficients broadcast to: () if all are numbers."""
+        return np.broadcast_shapes(*(np.shape(c) for row in self.rows for c in row.coefficients))
 
     @cached_property
     def _told(self) -> dict[int, Array]:
@@ -399,7 +422,7 @@ class Plan:
             del outputs[k]  # no row needs it
         while True:
             k += 1
-            a, b, e, gone, spent, used, stop = schedule[k]
+            a, b, e, constant, gone, spent, used, stop = schedule[k]
             if a or b:
                 terms = [(c, states[j]) for j, c in a]
                 terms += [(c, outputs[j]) for j, c in b]
@@ -409,6 +432,8 @@ class Plan:
                         draws[m] = self._drawn(m, like, noise)
                     terms.append((c, draws[m]))
                 states[k] = combine(terms, dtype)
+                if constant is not None:
+                    states[k] = plus(states[k], constant)
                 for j in gone:
                     states.pop(j, None)
                 for j in spent:
@@ -502,8 +527,10 @@ class Plan:
     def canonical(self) -> tuple[Array, ...]:
         """(a, b): the state asked about at evaluation k (and the result, last) is
         a[k] x_start + sum_j b[k, j] D_j, with D_j the data prediction of evaluation j; a third
-        table holds the coefficients of the draws, if there are any. Two plans are the same method
-        exactly when these tables and their evaluations agree."""
+        table holds the coefficients of the draws, if there are any. If rows add constants, there
+        are four tables: the third, of draws, may have no columns, and the fourth is the sum of
+        constants. Two plans are the same method exactly when these tables and their evaluations
+        agree."""
         from ._transform import canonical
 
         return canonical(self)
@@ -516,6 +543,7 @@ class Plan:
         lines = [head] if head else []
         symbol = "N" if self.raw else "D"
         noise = " + sum e Z" if self.draws else ""
+        noise += " + c" if any(row.shifts for row in self.rows) else ""
         made = "X[i+1]" if self.given == 1 else f"X[i+{self.given}]"
         modes = "" if self.basis is None else f"; on the modes of {self.basis}"
         if self.axis is not None:
@@ -540,6 +568,7 @@ class Plan:
             terms = [f"{_show(c)} X{j}" for j, c in sorted(row.a.items(), reverse=True)]
             terms += [f"{_show(c)} {symbol}{j}" for j, c in sorted(row.b.items(), reverse=True)]
             terms += [f"{_show(c)} Z{m}" for m, c in sorted(row.e.items(), reverse=True)]
+            terms += [_show(row.c)] * row.shifts
             flag = ">" if mark == i else " "
             order = f"{row.order}{'' if row.exact else '~'}"
             lines.append(f"{flag}{i:>4} {numbers} {order:>5} {nfe:>4}  {' '.join(terms)}")
@@ -748,6 +777,14 @@ def _same(a: Tensor, b: Tensor) -> bool:
     return bool(
         torch.equal(a, b) or torch.equal(a.isnan() | (a == b), torch.ones_like(a, dtype=torch.bool))
     )
+
+
+def _fits(shape: tuple[int, ...], sample: tuple[int, ...]) -> bool:
+    """Whether an array broadcasts against a sample without making it larger."""
+    if not shape:
+        return True
+    pairs = zip(shape[::-1], sample[::-1], strict=False)
+    return len(shape) <= len(sample) and all(n in (1, m) for n, m in pairs)
 
 
 def _over(c: Coefficient, q: Coefficient) -> Coefficient:

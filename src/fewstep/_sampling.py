@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from numbers import Integral
@@ -22,7 +23,16 @@ from ._segment import Segment, Start, start_time
 from ._solvers._base import Solver
 from ._solvers._registry import as_solver
 
-__all__ = ["DEFAULT_GRID", "DEFAULT_SOLVER", "Record", "plan", "sample", "steps"]
+__all__ = [
+    "DEFAULT_GRID",
+    "DEFAULT_SOLVER",
+    "PlanSource",
+    "Record",
+    "check_match",
+    "plan",
+    "sample",
+    "steps",
+]
 
 # Chosen by benchmarks/defaults.py on digits, photograph patches and the trained digits network, on
 # six processes, for 4 to 20 evaluations, and by benchmarks/guidance.py; two-dimensional toys would
@@ -167,6 +177,14 @@ def _compiled(origin: Origin) -> Plan:
     )
 
 
+class PlanSource(abc.ABC):
+    """What has plans ready for a model, by number of evaluations: `sample(solver=...)` takes it."""
+
+    @abc.abstractmethod
+    def plan_for(self, model: Model, nfe: int | None = None) -> Plan:
+        """The plan to run; a ValueError says why this model or number cannot have one."""
+
+
 @dataclass(frozen=True)
 class Record:
     """What one step of a run did: network evaluation number `nfe` at `level` on the way to `x`.
@@ -188,7 +206,7 @@ def steps(
     model: Model,
     shape: Sequence[int] | None = None,
     *,
-    solver: str | Solver | Plan = DEFAULT_SOLVER,
+    solver: str | Solver | Plan | PlanSource = DEFAULT_SOLVER,
     nfe: int | None = None,
     grid: str | Grid | Sequence[float] = DEFAULT_GRID,
     final: str = "zero",
@@ -228,7 +246,7 @@ def steps(
 
 def _compile(
     model: Model,
-    solver: str | Solver | Plan,
+    solver: str | Solver | Plan | PlanSource,
     nfe: int | None,
     grid: str | Grid | Sequence[float],
     final: str,
@@ -240,6 +258,8 @@ def _compile(
             f"model = {model!r}; wrap your network: fewstep.Denoiser(network, process=..., "
             "predicts=...)"
         )
+    if isinstance(solver, PlanSource):
+        solver = solver.plan_for(model, nfe)
     if not isinstance(solver, Plan):
         return plan(solver, model, nfe, grid=grid, final=final, start=start, upward=upward)
     if nfe not in (None, solver.nfe):
@@ -250,7 +270,7 @@ def _compile(
         raise ValueError(
             f"start = {start!r}, upward = {upward}, but the plan has its own; leave out"
         )
-    _check_match(solver, model)
+    check_match(solver, model)
     return solver
 
 
@@ -292,7 +312,7 @@ def _begin(
     return run.start(z * run.prior_std, noise=source)
 
 
-def _check_match(run: Plan, model: Model) -> None:
+def check_match(run: Plan, model: Model) -> None:
     """A plan made for another process or prediction would run, and give rubbish: refuse it."""
     for i, call in enumerate(run.calls):
         if call is None:
@@ -359,7 +379,7 @@ def sample(
     model: Model,
     shape: Sequence[int] | None = None,
     *,
-    solver: str | Solver | Plan = DEFAULT_SOLVER,
+    solver: str | Solver | Plan | PlanSource = DEFAULT_SOLVER,
     nfe: int | None = None,
     grid: str | Grid | Sequence[float] = DEFAULT_GRID,
     final: str = "zero",
@@ -377,7 +397,7 @@ def sample(
 ) -> Tensor:
     """Draw samples of the given shape (batch first).
 
-    model: a `Denoiser` or `Guided`. solver: a name, a solver, or a `Plan`.
+    model: a `Denoiser` or `Guided`. solver: a name, a solver, a `Plan`, or a `Recipe`.
     nfe, grid, final, start, upward: see `plan`.
     seed, first: sample i starts from noise that depends on (seed, first + i) only, or on seed[i]
         if seed is a list: not on batch size, order or device. The same holds for later draws.

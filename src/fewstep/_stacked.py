@@ -84,7 +84,8 @@ def stacked(
                 mine: list[Mapping[int, Any]] = [getattr(row, kind) for row in parts]
                 terms[kind] = {j: array([v.get(j, 0.0) for v in mine]) for j in set().union(*mine)}
             order, exact = min(row.order for row in moving), all(row.exact for row in moving)
-            rows.append(Row(terms["a"], terms["b"], order, exact, terms["e"]))
+            c = array([row.c for row in parts]) if any(row.shifts for row in parts) else 0.0
+            rows.append(Row(terms["a"], terms["b"], order, exact, terms["e"], c))
             levels.append(level([m.level for m in members]))
         calls += [None] * (len(levels) - 1 - len(calls))
         if k < last:
@@ -150,7 +151,7 @@ class _Member:
         a = {self.states[j]: c for j, c in row.a.items()}
         b = {self.outputs[j]: c for j, c in row.b.items()}
         self.states[state], self.now = made, state
-        return Row(a, b, row.order, row.exact, row.e)
+        return Row(a, b, row.order, row.exact, row.e, row.c)
 
     def ask(self, k: int, state: int) -> tuple[Call, Level]:
         """Evaluation k of the whole, about its state with this index."""

@@ -14,14 +14,16 @@ from ._process import Array
 
 __all__ = ["canonical", "cheapest", "fuse", "inverse"]
 
-#: ("X", j), ("D", j) or ("Z", m)
+#: ("X", j), ("D", j), ("Z", m), or the constant _ONE
 _Symbol = tuple[str, int]
 _Terms = dict[_Symbol, Any]
+_ONE: _Symbol = ("1", 0)
 
 
 def _terms(row: Row) -> _Terms:
     parts = (("X", row.a), ("D", row.b), ("Z", row.e))
-    return {(kind, j): c for kind, terms in parts for j, c in terms.items()}
+    out = {(kind, j): c for kind, terms in parts for j, c in terms.items()}
+    return {**out, _ONE: row.c} if row.shifts else out
 
 
 def _add(total: _Terms, factor: Any, terms: Mapping[_Symbol, Any]) -> None:
@@ -37,7 +39,7 @@ def _rows(plan: Plan) -> Iterator[tuple[int, Row]]:
 
 def canonical(plan: Plan) -> tuple[Array, ...]:
     """Every asked state, and the result, over the given states and the data predictions (and, in a
-    third table, the draws, if there are any)."""
+    third table, the draws, if there are any; with constants the fourth table is these)."""
     inside: list[_Terms] = [{("X", j): 1.0} for j in range(plan.given)]
     for _, row in _rows(plan):
         total: _Terms = {}
@@ -47,13 +49,18 @@ def canonical(plan: Plan) -> tuple[Array, ...]:
     asked = [k for k, call in enumerate(plan.calls) if call is not None]
     shown = [inside[k] for k in (*asked, len(plan.levels) - 1)]
 
+    shape = np.broadcast_shapes(*(np.shape(c) for terms in shown for c in terms.values()))
+
     def table(symbols: list[_Symbol]) -> Array:
-        parts = [np.broadcast_arrays(*[terms.get(s, 0.0) for s in symbols]) for terms in shown]
-        return np.array(np.broadcast_arrays(*map(np.array, parts)), dtype=np.float64)
+        rows = [[np.broadcast_to(terms.get(s, 0.0), shape) for s in symbols] for terms in shown]
+        return np.array(rows, dtype=np.float64).reshape(len(shown), len(symbols), *shape)
 
     a = table([("X", j) for j in range(plan.given)])
     a, b = (a[:, 0] if plan.given == 1 else a), table([("D", j) for j in asked])
-    return (a, b, table([("Z", m) for m in range(len(plan.draws))])) if plan.draws else (a, b)
+    z = table([("Z", m) for m in range(len(plan.draws))])
+    if any(row.shifts for row in plan.rows):
+        return a, b, z, table([_ONE])[:, 0]
+    return (a, b, z) if plan.draws else (a, b)
 
 
 def cheapest(plan: Plan, one_pass: bool = KERNEL) -> Plan:
@@ -77,7 +84,7 @@ def _traffic(plan: Plan, one_pass: bool) -> int:
     def cost(terms: int) -> int:
         return terms + 1 if one_pass or terms == 1 else 3 * (terms - 1)
 
-    total = sum(cost(len(row.a) + len(row.b) + len(row.e)) for row in plan.rows)
+    total = sum(cost(len(row.a) + len(row.b) + len(row.e)) + 2 * row.shifts for row in plan.rows)
     if not plan.raw:
         calls = [c for c in plan.calls if c and (np.any(c.p != 0) or np.any(c.q != 1))]
         total += sum(cost(1 + bool(np.any(c.p != 0))) for c in calls)
@@ -123,6 +130,7 @@ def fuse(plan: Plan, outputs: bool = True) -> Plan:
             row.order,
             row.exact,
             row.e,
+            row.c,
         )
         for row in out
     )
@@ -146,7 +154,7 @@ def fuse(plan: Plan, outputs: bool = True) -> Plan:
 def _plain(total: _Terms, row: Row) -> Row:
     a = {j: c for (kind, j), c in total.items() if kind == "X" and np.any(c != 0)}
     b = {j: c for (kind, j), c in total.items() if kind == "D" and np.any(c != 0)}
-    return Row(a, b, row.order, row.exact, _drawn(total))
+    return Row(a, b, row.order, row.exact, _drawn(total), total.get(_ONE, 0.0))
 
 
 def _drawn(total: _Terms) -> dict[int, Any]:
@@ -187,7 +195,7 @@ def _raw(plan: Plan, total: _Terms, row: Row) -> Row:
     # What cancels (noise-form rows on a network that predicts noise) is left at rounding.
     a = {j: c for j, c in a.items() if np.any(np.abs(c) > 1e-14 * size[j])}
     b = {j: c for j, c in b.items() if np.any(c != 0)}
-    return Row(a, b, row.order, row.exact, _drawn(total))
+    return Row(a, b, row.order, row.exact, _drawn(total), total.get(_ONE, 0.0))
 
 
 def inverse(plan: Plan) -> Plan:
@@ -222,12 +230,14 @@ def inverse(plan: Plan) -> Plan:
                 "so (`reversible`), or approximate with upward=True"
             )
         (j,) = unknown
-        a, b = ({where[i]: v for i, v in c.items() if i in where} for c in (row.a, row.b))
+        a, b = ({where[i]: v for i, v in terms.items() if i in where} for terms in (row.a, row.b))
+        constant = row.c
         if j != made:
-            c = row.a[j]
-            a, b = ({i: -v / c for i, v in terms.items()} for terms in (a, b))
-            a[where[made]] = a.get(where[made], 0.0) + 1.0 / c
-        rows.append(Row(a, b, row.order, row.exact))
+            share = row.a[j]
+            a, b = ({i: -v / share for i, v in terms.items()} for terms in (a, b))
+            a[where[made]] = a.get(where[made], 0.0) + 1.0 / share
+            constant = -constant / share
+        rows.append(Row(a, b, row.order, row.exact, c=constant))
         where[j] = len(where)
         del todo[made]
     if not rows:

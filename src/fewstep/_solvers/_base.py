@@ -87,13 +87,14 @@ class Solver(abc.ABC):
 class Formula(NamedTuple):
     """One step of a multistep method, aligned with a history of levels (newest first):
 
-        X = sum_k a[k] x_k + sum_k b[k] D_k + sum_d noise[d] Z_d
+        X = sum_k a[k] x_k + sum_k b[k] D_k + sum_d noise[d] Z_d + c
 
     noise: coefficients of standard normals, each named by its place in time: the same `Draw` in
         two formulas of a step is the same normal.
     order: of this step. exact: reproduces constant data and constant noise exactly.
     base: the part of the start's coefficient that belongs to the state the step starts from, where
         that is not the state that was evaluated there (after a corrector). Default: all of it.
+    c: a constant, of the shape of the coefficients; such a formula is not exact.
     """
 
     a: Sequence[Any]  # floats, or arrays of one number per mode
@@ -102,6 +103,7 @@ class Formula(NamedTuple):
     exact: bool = True
     base: Any = None
     noise: Mapping[Draw, Any] = {}
+    c: Any = 0.0
 
 
 #: (process, levels of the evaluated states newest first, target level) -> formula. For a corrector
@@ -205,6 +207,7 @@ def _row(
         formula.order,
         formula.exact,
         e,
+        _number(formula.c),
     )
 
 

@@ -42,6 +42,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 
@@ -62,12 +63,14 @@ class Terms:
 
     def __init__(self, length: int) -> None:
         self.a, self.b = [0.0] * length, [0.0] * length
+        self.c: Any = 0.0
 
     def add(self, factor: float, other: Terms | Formula, shift: int = 0) -> None:
         """Add factor times a row whose newest level is number `shift` here."""
         for k, (a, b) in enumerate(zip(other.a, other.b, strict=True), shift):
             self.a[k] += factor * a
             self.b[k] += factor * b
+        self.c = self.c + factor * other.c
 
     def add_slope(self, factor: float, history: Sequence[Level], k: int, form: str) -> None:
         """Add factor times M = (x - N D) / sigma of level k: e ("noise") or u = e - D ("flow")."""
@@ -298,7 +301,7 @@ class _HeavyBall:
         terms.add(self.beta * (2 - self.beta if self.nesterov else 1), own)
         if self.nesterov:
             terms.add(-self.beta * (1 - self.beta), self._again(process, history, end))
-        return Formula(terms.a, terms.b, order, own.exact, base=ratio)
+        return Formula(terms.a, terms.b, order, own.exact, base=ratio, c=terms.c)
 
     def _again(self, process: Process, history: Sequence[Level], end: Level) -> Terms:
         """The step with the slope that the base had in the step before."""

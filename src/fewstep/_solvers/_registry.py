@@ -18,6 +18,7 @@ from ._runge_kutta import exponential_runge_kutta, runge_kutta
 from ._seeds import ancestral_singlestep, dpmpp_sde, seeds
 from ._singlestep import singlestep
 from ._stochastic import ancestral, er_sde, jump, sa_solver, sde
+from ._v3 import dpm_solver_v3
 
 __all__ = ["Registry", "as_solver", "solvers"]
 
@@ -203,6 +204,11 @@ solvers = Registry(
     pndm(4, 4, name="pndm", aliases=("f_pndm",)),
     pndm(2, 2, name="s_pndm"),
     pndm(4, 2, name="plms"),
+    # DPM-Solver-v3 without calibration, as its authors set it for unguided pixels, for guided or
+    # latent models, and for 5 evaluations or fewer.
+    dpm_solver_v3(name="dpm_solver_v3"),
+    dpm_solver_v3(order=2, corrector_pseudo=True, name="dpm_solver_v3_2"),
+    dpm_solver_v3(pseudo=True, name="dpm_solver_v3_pseudo"),
 )
 
 

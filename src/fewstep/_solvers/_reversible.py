@@ -98,7 +98,7 @@ class _Bidirectional:
             terms.add(-gamma, self.base(process, history[: self.nodes], history[1]))
             terms.a[1] += gamma
             order = max(order, 2) if self.gamma in (1, "per step") else order
-        return forward._replace(a=terms.a, b=terms.b, order=order)
+        return forward._replace(a=terms.a, b=terms.b, order=order, c=terms.c)
 
     def _weight(self, before: Level, start: Level, end: Level) -> float:
         """gamma in x."""

@@ -1,0 +1,332 @@
+"""What calibration gains, beside every solver as it is and beside published learned samplers.
+
+    python benchmarks/calibrate.py --out docs/calibrate.md --picture docs/calibrate.png
+
+Models: a Gaussian mixture in 16 dimensions, the exact digits (8x8, kernel-smoothed), and the
+bundled trained digits network, class by class. Error of a sample: root mean square over its
+elements of the distance to the converged sample of the same model from the same noise. All errors
+are over the same 512 fresh noises, which no fit and no choice has seen; for the solvers as they
+are, the best grid and end are chosen on these very noises, which favours them.
+
+Learned samplers that are published are restrictions of one program here, fitted by the same
+optimiser from the same starts: times only (LD3, arXiv 2405.15506, with its decoupled network
+times), coefficients only (S4S, arXiv 2502.17423), one ratio per step (DC-Solver, arXiv 2409.03755).
+
+Parts are kept in benchmarks/.cache/calibrate; delete it to redo. Deterministic but for the seconds.
+Two processes with one torch thread each.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+import time
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+import fewstep as fs
+from fewstep._calibrate._calibrate import METHODS, candidate, found_in, screened
+from fewstep._calibrate._learn import learn
+from fewstep._calibrate._teacher import Teacher, cycled, run_plan, shared_errors, taken, teach
+
+CACHE = Path(__file__).parent / ".cache" / "calibrate"
+NFES = (4, 5, 6, 8, 10)
+NOISES = (256, 128, 512)
+MODELS = ("mixture", "exact digits", "trained digits")
+KINDS = {
+    "solver": "best solver as it is",
+    "compensated": "one ratio per step (DC-Solver)",
+    "statistics": "model statistics (DPM-Solver-v3)",
+    "search": "search (USF)",
+    "times": "times only (LD3)",
+    "coefficients": "coefficients only (S4S)",
+    "learned": "learned plan",
+}
+
+
+def build(name: str) -> tuple[fs.Denoiser, tuple[int, ...], dict[str, Any]]:
+    """A model, the shape of a sample, and its conditions."""
+    if name == "mixture":
+        rng = np.random.default_rng(0)
+        means = rng.normal(size=(8, 16)) * 2.0
+        variances = rng.uniform(0.05, 0.4, size=(8, 16)) ** 2
+        model = fs.exact.Mixture(np.full(8, 1 / 8), means, list(variances))
+        return model.denoiser(fs.EDM()), (16,), {}
+    if name == "exact digits":
+        return fs.exact.digits().denoiser(fs.EDM()), (1, 8, 8), {}
+    return fs.models.load("digits"), (1, 8, 8), {"label": torch.arange(10)}
+
+
+def teachers(name: str, quick: bool) -> tuple[fs.Denoiser, tuple[int, ...], Any, list[Teacher]]:
+    """Training, held-out and test noises; the last with a finer converged solution."""
+    model, shape, cond = build(name)
+    sizes = tuple(n // 4 for n in NOISES) if quick else NOISES
+    first, out = 0, []
+    for count, nfe in zip(sizes, (None, None, 400), strict=True):
+        here = cycled(cond, first + count)
+        here = taken(here, slice(first, None), first + count)
+        out.append(teach(model, shape, count, cond=here, first=first, nfe=nfe))
+        first += count
+    return model, shape, cond, out
+
+
+def row(name: str, kind: str, errors: np.ndarray, evaluations: int, seconds: float) -> dict:
+    """One line of the tables."""
+    line = candidate(0, name, kind, errors, errors, evaluations=evaluations, seconds=seconds)
+    return asdict(line)
+
+
+def solvers_as_they_are(name: str, nfe: int, quick: bool) -> list[dict]:
+    """Every solver on its best grid and end, by median."""
+    torch.set_num_threads(1)
+    model, _, _, (_, _, test) = teachers(name, quick)
+    plans, names = screened(model, nfe, "short" if quick else "all")
+    rough = [float(np.median(e)) for e in shared_errors(test[:64], plans)]
+    best: dict[str, list[int]] = {}
+    for i in np.argsort(rough, kind="stable"):
+        best.setdefault(names[i][0], []).append(int(i))
+    chosen = [i for found in best.values() for i in found[:3]]
+    errors = dict(zip(chosen, shared_errors(test, [plans[i] for i in chosen]), strict=True))
+    out = []
+    for solver, found in best.items():
+        i = min(found[:3], key=lambda k: float(np.median(errors[k])))
+        label = f"{solver} on {names[i][1]}" + (" to min" if names[i][2] == "min" else "")
+        out.append(row(label, "solver", errors[i], 0, 0.0))
+    return sorted(out, key=lambda r: r["median"])
+
+
+def folder(name: str, nfe: int, quick: bool) -> Path:
+    """Where the parts of a calibration are."""
+    return CACHE / f"{name.replace(' ', '-')}-{nfe}{'-quick' * quick}"
+
+
+def fitted(name: str, nfe: int, quick: bool) -> list[dict]:
+    """What calibration finds, and restrictions of its program that are published samplers."""
+    torch.set_num_threads(1)
+    model, shape, cond, (train, held, test) = teachers(name, quick)
+    parts = folder(name, nfe, quick)
+    sizes = (len(train), len(held), 2)
+    fs.calibrate(model, shape, nfe, cond=cond, noises=sizes, resume=parts, progress=False)
+    solvers = found_in(parts, f"solver-{nfe}")
+    found = [f for method in METHODS for f in found_in(parts, f"{method}-{nfe}")]
+    out = [row(f.name, f.kind, test.errors(f.plan), f.evaluations, f.seconds) for f in found]
+    for kind in ("times", "coefficients"):
+        what = "times and labels" if kind == "times" else kind
+        made = learn(train, held, [f.plan for f in solvers[:4]], what=what)
+        spent = made.evaluations, made.seconds
+        out.append(row(made.name, kind, test.errors(made.plan), *spent))
+    return out
+
+
+def distribution(name: str, nfe: int, quick: bool) -> dict[str, float]:
+    """Sliced Wasserstein distances of 2,000 samples of the learned plan, and of the best solver as
+    it is, to as many converged ones from other noises, and to the data."""
+    torch.set_num_threads(1)
+    model, shape, cond, _ = teachers(name, True)
+    count = 200 if quick else 2000
+    labels = cycled(cond, count)
+    converged = [
+        teach(model, shape, count, cond=labels, first=1 << 16, nfe=96),
+        teach(model, shape, count, cond=labels, first=1 << 17, nfe=96),
+    ]
+    parts = folder(name, nfe, quick)
+    plans = {
+        "solver": found_in(parts, f"solver-{nfe}")[0].plan,
+        "learned": found_in(parts, f"learned-{nfe}")[0].plan,
+    }
+    here, there = converged
+    data = None
+    if name != "mixture":
+        exact = fs.exact.digits()
+        data = exact.sample(count, seed=5).float() if hasattr(exact, "sample") else None
+    samples = {kind: run_plan(model, run, here.x, labels) for kind, run in plans.items()}
+    samples["converged"] = here.samples
+    out: dict[str, float] = {}
+    for kind, x in samples.items():
+        out[f"{kind} to converged"] = sliced(x, there.samples)
+        if data is not None:
+            out[f"{kind} to data"] = sliced(x, data)
+    return out
+
+
+def sliced(x: torch.Tensor, y: torch.Tensor, directions: int = 512) -> float:
+    """Sliced 2-Wasserstein distance of two sets of as many samples."""
+    flat = [v.reshape(len(v), -1).double() for v in (x, y)]
+    z = torch.from_numpy(np.random.default_rng(1).normal(size=(flat[0].shape[1], directions)))
+    z = z / z.norm(dim=0)
+    a, b = ((v @ z).sort(0).values for v in flat)
+    return float((a - b).square().mean().sqrt())
+
+
+PARTS = {"solvers": solvers_as_they_are, "fitted": fitted, "distribution": distribution}
+
+
+def part(job: tuple[str, str, int, bool]) -> tuple[tuple[str, str, int], Any]:
+    """One part of the measurement, from the cache if it is there."""
+    kind, name, nfe, quick = job
+    path = folder(name, nfe, quick) / f"{kind}.json"
+    if not path.exists():
+        began = time.time()
+        result = PARTS[kind](name, nfe, quick)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.with_suffix(".tmp").write_text(json.dumps(result))
+        path.with_suffix(".tmp").replace(path)
+        print(
+            f"{name}, NFE {nfe}, {kind}: {time.time() - began:.0f} s", file=sys.stderr, flush=True
+        )
+    return (kind, name, nfe), json.loads(path.read_text())
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Markdown."""
+    lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def number(value: float) -> str:
+    """Three digits."""
+    return f"{value:.3g}" if math.isfinite(value) else "inf"
+
+
+Results = dict[tuple[str, str, int], Any]
+
+
+def page(
+    results: dict[tuple[str, str, int], Any], names: Sequence[str], nfes: Sequence[int]
+) -> str:
+    """The documentation page."""
+    out = [
+        "# What calibration gains",
+        "",
+        "Made by `python benchmarks/calibrate.py`, which says how. Errors are distances to the "
+        "converged sample from the same noise, over fresh noises: median / root mean square. Below "
+        "a method: the factor by which its median is smaller than that of the best solver as it "
+        "is.",
+        "",
+        "![errors against evaluations](calibrate.png)",
+    ]
+    for name in names:
+        out += ["", f"## {name[0].upper() + name[1:]}", ""]
+        head = ["", *(f"NFE {n}" for n in nfes)]
+        lines = []
+        for kind, label in KINDS.items():
+            cells, factors = [], []
+            for n in nfes:
+                best = best_of(results, name, n, kind)
+                plain = best_of(results, name, n, "solver")
+                cells.append(f"{number(best['median'])} / {number(best['rms'])}")
+                factors.append(f"{plain['median'] / best['median']:.1f}x")
+            lines.append([label, *cells])
+            if kind != "solver":
+                lines.append(["", *factors])
+        out.append(table(head, lines))
+        out += ["", "What the best solver was, and what fitting cost:", ""]
+        lines = []
+        for kind in KINDS:
+            best = [best_of(results, name, n, kind) for n in nfes]
+            if kind == "solver":
+                lines.append([KINDS[kind], *(b["name"] for b in best)])
+            else:
+                cost = [f"{b['evaluations'] / 1e3:,.0f}k, {b['seconds']:.0f} s" for b in best]
+                lines.append([KINDS[kind], *cost])
+        out.append(table(["evaluations of one sample, seconds on one core", *head[1:]], lines))
+        out += ["", "Every solver as it is, on its best grid: median.", ""]
+        solvers: dict[str, dict[int, float]] = {}
+        for n in nfes:
+            for r in results["solvers", name, n]:
+                solvers.setdefault(r["name"].split(" on ")[0], {})[n] = r["median"]
+        ranked = sorted(
+            solvers, key=lambda s: np.mean([math.log(solvers[s].get(n, math.inf)) for n in nfes])
+        )
+        lines = [
+            [f"`{s}`", *(number(solvers[s][n]) if n in solvers[s] else "" for n in nfes)]
+            for s in ranked
+        ]
+        out.append(table(["solver", *head[1:]], lines))
+    out += [
+        "",
+        "## Distributions",
+        "",
+        "Sliced 2-Wasserstein distance of 2,000 samples to as many converged ones of other noises "
+        "and to the data. The row of the converged samples is what cannot be beaten but by chance.",
+        "",
+    ]
+    lines = []
+    for name in names:
+        for n in nfes:
+            d = results["distribution", name, n]
+            cells = [
+                number(d[key]) if key in d else ""
+                for to in ("converged", "data")
+                for key in (f"solver to {to}", f"learned to {to}", f"converged to {to}")
+            ]
+            lines.append([f"{name}, NFE {n}", *cells])
+    what = ("solver as it is", "learned", "converged")
+    head = ["", *(f"{w} to converged" for w in what), *(f"{w} to data" for w in what)]
+    out.append(table(head, lines))
+    return "\n".join(out) + "\n"
+
+
+def best_of(results: Results, name: str, nfe: int, kind: str) -> dict:
+    """The line of a kind with the least median."""
+    rows = results["solvers" if kind == "solver" else "fitted", name, nfe]
+    return min((r for r in rows if r["kind"] == kind), key=lambda r: r["median"])
+
+
+def draw(results: Results, names: Sequence[str], nfes: Sequence[int], path: Path) -> None:
+    """Errors against evaluations, one panel per model."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(4.6 * len(names), 4.6), layout="constrained")
+    colours = ("#777777", "#1b9e77", "#7570b3", "#e6ab02", "#66a61e", "#1f78b4", "#d95f02")
+    for axes, name in zip(np.ravel(figure.subplots(1, len(names))), names, strict=True):
+        for (kind, label), colour in zip(KINDS.items(), colours, strict=True):
+            best = [best_of(results, name, n, kind) for n in nfes]
+            axes.plot(nfes, [b["median"] for b in best], "o-", color=colour, label=label)
+            low, high = ([b[end] for b in best] for end in ("low", "high"))
+            axes.fill_between(nfes, low, high, color=colour, alpha=0.15, linewidth=0)
+        axes.set_yscale("log")
+        axes.set_title(name)
+        axes.set_xlabel("network evaluations (NFE)")
+        axes.grid(which="both", alpha=0.25)
+    first = figure.axes[0]
+    first.set_ylabel("median distance to the converged sample")
+    first.legend(fontsize=8)
+    figure.savefig(path, dpi=110)
+
+
+def main() -> None:
+    """Measure, and write the page."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="fewer noises, solvers and NFE")
+    parser.add_argument("--models", nargs="*", default=list(MODELS), choices=MODELS)
+    parser.add_argument("--nfe", nargs="*", type=int, default=None)
+    parser.add_argument("--jobs", type=int, default=2)
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--picture", type=Path)
+    chosen = parser.parse_args()
+    nfes = chosen.nfe or ([4, 6] if chosen.quick else list(NFES))
+    order = [(name, n) for name in reversed(MODELS) if name in chosen.models for n in nfes]
+    results: Results = {}
+    with ProcessPoolExecutor(chosen.jobs) as pool:
+        for kinds in (("fitted", "solvers"), ("distribution",)):
+            jobs = [(kind, name, n, chosen.quick) for name, n in order for kind in kinds]
+            results.update(pool.map(part, jobs))
+    text = page(results, chosen.models, nfes)
+    print(text)
+    if chosen.out is not None:
+        chosen.out.write_text(text)
+    if chosen.picture is not None:
+        draw(results, chosen.models, nfes, chosen.picture)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,3 @@
+"""Calibration: fitting a sampler to one checkpoint."""
+
+__all__: list[str] = []

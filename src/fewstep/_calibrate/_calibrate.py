@@ -1,0 +1,712 @@
+"""`calibrate`: a network and a number of evaluations in, a recipe out."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from numbers import Integral
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from .._denoiser import Guided, Model
+from .._files import _parsed, plan_from_bytes, plan_to_bytes, read, to_bytes, write
+from .._grids import grids
+from .._plan import Plan
+from .._prediction import unknown
+from .._process import Array
+from .._sampling import plan
+from .._solvers._base import Solver
+from .._solvers._registry import solvers
+from .._solvers._v3 import dpm_solver_v3
+from .._version import __version__
+from ._compensate import fit_ratios
+from ._ems import EMS
+from ._fingerprint import fingerprint, guidance_of, network_of
+from ._learn import learn
+from ._recipe import Candidate, Recipe
+from ._search import search
+from ._statistics import estimate_ems
+from ._teacher import Counted, Teacher, cycled, shared_errors, taken, teach
+
+__all__ = ["METHODS", "calibrate", "candidate", "found_in", "screened"]
+
+#: What can be tried beside the solvers as they are, in the order in which it is.
+METHODS = ("learned", "compensated", "statistics", "search")
+
+#: The solvers that come first or second, on some grid, on the models of benchmarks/calibrate.py at
+#: 4 to 10 evaluations, and what users have today.
+_SOLVERS = (
+    "ddim",
+    "dpmpp_2m",
+    "dpmpp_3m",
+    "unipc_2",
+    "unipc_3",
+    "ipndm_2",
+    "ipndm_3",
+    "ipndm_4",
+    "flow_ipndm_2",
+    "cflow_pc2",
+    "flow_pc2",
+    "flow_ab2",
+    "bdia_per_step",
+    "deis_tab3",
+)
+_GRIDS = ("softened", "lambda", "karras", "arctan", "uniform", "quadratic")
+#: Compensation is for methods with a history; statistics have orders and correctors.
+_COMPENSATED = 2
+_STATISTICS_SAMPLES = 256
+_FORMAT = "fewstep.calibration.1"
+
+
+@dataclass(frozen=True)
+class _Found:
+    """A plan, where it came from, and what finding it cost."""
+
+    name: str
+    kind: str
+    plan: Plan
+    evaluations: int = 0
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True)
+class _Store:
+    """Finished parts of a calibration, one file each; nothing if there is no folder."""
+
+    folder: Path | None
+    job: str
+
+    def __post_init__(self) -> None:
+        if self.folder is None:
+            return
+        self.folder.mkdir(parents=True, exist_ok=True)
+        note = self.folder / "job.json"
+        if note.exists() and note.read_text() != self.job:
+            raise ValueError(
+                f"resume = {str(self.folder)!r} holds the parts of another calibration (another "
+                "network, guidance, shape, conditions, noises or seed); give an empty folder"
+            )
+        write(note, self.job.encode())
+
+    def part(
+        self, name: str, make: Callable[[], tuple[dict[str, Tensor], Any]]
+    ) -> tuple[dict[str, Tensor], Any]:
+        """Tensors and a description, from the folder if they are there."""
+        if self.folder is None:
+            return make()
+        path = self.folder / f"{name}.safetensors"
+        if path.exists():
+            meta, tensors = read(path, lambda content: _parsed(content, _FORMAT, "calibrate"))
+            return tensors, json.loads(meta["body"])
+        tensors, body = make()
+        meta = {"format": _FORMAT, "body": json.dumps(body)}
+        whole = {k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}
+        write(path, to_bytes(whole, meta))
+        return tensors, body
+
+    def found(self, name: str, make: Callable[[], Iterable[_Found]]) -> list[_Found]:
+        """Plans, from the folder if they are there."""
+
+        def fresh() -> tuple[dict[str, Tensor], Any]:
+            made = list(make())
+            blobs = [np.frombuffer(plan_to_bytes(f.plan), np.uint8).copy() for f in made]
+            body = [(f.name, f.kind, f.evaluations, f.seconds) for f in made]
+            return {str(i): torch.from_numpy(blob) for i, blob in enumerate(blobs)}, body
+
+        return _unpacked(*self.part(name, fresh))
+
+
+def _unpacked(tensors: Mapping[str, Tensor], body: Any) -> list[_Found]:
+    return [
+        _Found(label, kind, plan_from_bytes(tensors[str(i)].numpy().tobytes()), spent, seconds)
+        for i, (label, kind, spent, seconds) in enumerate(body)
+    ]
+
+
+def found_in(folder: Path, name: str) -> list[_Found]:
+    """Plans of a finished part, "learned-8" for example."""
+    path = folder / f"{name}.safetensors"
+    meta, tensors = read(path, lambda content: _parsed(content, _FORMAT, "calibrate"))
+    return _unpacked(tensors, json.loads(meta["body"]))
+
+
+@dataclass
+class _Job:
+    """One calibration on its way."""
+
+    model: Counted
+    shape: tuple[int, ...]
+    train: Teacher
+    held: Teacher
+    test: Teacher
+    store: _Store
+    seed: int
+    jacobian: str
+    reduction: str
+    derivative: str
+    screen: str
+    candidates: int
+    deadline: float
+    data: Tensor | None
+    say: Callable[[str], None]
+    skipped: list[str] = field(default_factory=list)
+
+    def left(self) -> float | None:
+        """Seconds left, None without a budget."""
+        return None if math.isinf(self.deadline) else max(0.0, self.deadline - time.monotonic())
+
+    @contextmanager
+    def cost(self) -> Iterator[list[float]]:
+        """[evaluations, seconds] of what is done inside."""
+        spent, began, out = self.model.evaluations, time.monotonic(), [0.0, 0.0]
+        yield out
+        out[:] = [self.model.evaluations - spent, time.monotonic() - began]
+
+
+def calibrate(
+    model: Model,
+    shape: Sequence[int],
+    nfe: int | Sequence[int] = (5, 6, 8, 10),
+    *,
+    cond: Mapping[str, Any] | None = None,
+    guidance: float | None = None,
+    uncond: Mapping[str, Any] | None = None,
+    methods: Sequence[str] = METHODS,
+    noises: tuple[int, int, int] = (256, 128, 256),
+    jacobian: str = "reverse",
+    reduction: str | None = None,
+    derivative: str = "auto",
+    data: Tensor | None = None,
+    candidates: int = 800,
+    screen: str = "short",
+    budget: float | None = None,
+    seed: int = 0,
+    batch: int = 256,
+    resume: str | Path | None = None,
+    progress: bool = True,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> Recipe:
+    """Fit samplers to a network, compare them with all others, and keep the best of each length.
+
+    Converged samples of the model itself are the measure: an error is the distance of a sample to
+    the converged one from the same noise. Nothing but the model is needed. Fits see training
+    noises; the choice is made on held-out noises, where the plan that is kept has neither a larger
+    median nor a larger root mean square error than the best solver as it is; the report is of a
+    third set.
+
+    model: as it will be used: with its guidance, in its dtype. shape: of one sample.
+    nfe: numbers of evaluations to find a plan for.
+    cond: conditions; tensors, arrays and lists with one entry per prompt (as many as you like, used
+        in turn), everything else is passed on.
+    guidance, uncond: classifier-free guidance around the model, as in `fewstep.Guided`.
+    methods: of "learned" (plans fitted in canonical form), "compensated" (DC-Solver), "statistics"
+        (DPM-Solver-v3), "search" (USF / S^3).
+    noises: for fits, for the choice, for the report.
+    jacobian: of learned plans: "reverse", "forward", or "differences" (network calls only: for
+        compiled, quantised, half-precision or remote networks).
+    reduction: of statistics: "element", "channel" or "scalar"; None: per element up to 4,096.
+    derivative: of statistics: "forward", "difference" (network calls only), or "auto": forward, or
+        differences where the network has no forward-mode derivative. The report says which.
+    data: clean samples (count, *shape) for statistics; None: the model's own converged samples.
+    candidates: schedules that a search looks at.
+    screen: "short" (some ten solvers on six grids) or "all" (every solver on every grid).
+    budget: seconds; what does not fit is left out and named in the report. None: all of it.
+    resume: a folder for finished parts. A call that was killed goes on from there, and a later one
+        may ask for more numbers of evaluations.
+    batch: samples per network call. seed: of all noises. device, dtype: of the state.
+    """
+    _check_arguments(model, methods, noises, budget, batch, candidates)
+    for name, value, accepted in (
+        ("screen", screen, ("short", "all")),
+        ("jacobian", jacobian, ("reverse", "forward", "differences")),
+        ("reduction", reduction, (None, "element", "channel", "scalar")),
+        ("derivative", derivative, ("auto", "forward", "difference")),
+    ):
+        if value not in accepted:
+            raise ValueError(unknown(name, str(value), [v for v in accepted if v]))
+    model = _guided(model, guidance, uncond)
+    counts = _counts(nfe)
+    shape = tuple(int(n) for n in shape)
+    total = sum(noises)
+    pool = cycled(cond or {}, total)
+    device = model.device if device is None else torch.device(device)
+    known = fingerprint(model, shape, pool, total)
+    job_text = _described(model, shape, known, pool, noises, seed, dtype, data)
+    store = _Store(None if resume is None else Path(resume), job_text)
+    counted = Counted(model)
+    units = 1 + len(counts) * (1 + len(methods))
+    deadline = math.inf if budget is None else time.monotonic() + budget
+    with tqdm(total=units, disable=not progress, unit="part", delay=1) as bar:
+        began = time.monotonic()
+        bar.set_description("converged samples")
+        teacher = _teacher(store, counted, shape, total, pool, seed, batch, device, dtype)
+        bar.update()
+        n, m = noises[0], noises[0] + noises[1]
+        job = _Job(
+            counted,
+            shape,
+            teacher[:n],
+            teacher[n:m],
+            teacher[m:],
+            store,
+            seed,
+            jacobian,
+            _reduction(reduction, shape),
+            derivative,
+            screen,
+            candidates,
+            deadline,
+            data,
+            bar.set_postfix_str,
+        )
+        found: dict[int, list[_Found]] = {}
+        for count in counts:
+            bar.set_description(f"NFE {count}: solvers")
+            found[count] = store.found(f"solver-{count}", lambda c=count: _solvers(job, c))
+            bar.update()
+        for method in [m for m in METHODS if m in methods]:
+            for i, count in enumerate(counts):
+                bar.set_description(f"NFE {count}: {method}")
+                left = job.left()
+                if left is not None and left <= 0:
+                    job.skipped.append(f"{method} at NFE {count}")
+                else:
+                    share = None if left is None else left / (len(counts) - i)
+                    # A part that a budget cut short is not kept: a later call may do better.
+                    keep = store if share is None else _Store(None, "")
+                    found[count] += keep.found(
+                        f"{method}-{count}",
+                        lambda m=method, c=count, s=share: _FITS[m](job, c, found[c], s),
+                    )
+                bar.update()
+        statistics = _kept_statistics(job, methods)
+        plans: dict[int, Plan] = {}
+        lines: list[Candidate] = []
+        for count in counts:
+            chosen, reported = _compared(job, count, found[count])
+            plans[count] = chosen
+            lines += reported
+    teacher_said = (
+        f"converged samples: {teacher.nfe} evaluations each, median distance to twice as many "
+        f"steps {teacher.error:.2g}"
+    )
+    info = {
+        "network": type(network_of(model)).__name__,
+        "teacher": teacher_said,
+        "noises": list(noises),
+        "seed": seed,
+        "evaluations": counted.evaluations,
+        "seconds": time.monotonic() - began,
+        "skipped": job.skipped,
+        "fewstep": __version__,
+        "torch": str(torch.__version__),
+    }
+    return Recipe(
+        plans,
+        tuple(lines),
+        repr(model.process),
+        model.prediction.name,
+        guidance_of(model),
+        shape,
+        known,
+        statistics,
+        info,
+    )
+
+
+def _check_arguments(
+    model: Any,
+    methods: Sequence[str],
+    noises: tuple[int, int, int],
+    budget: float | None,
+    batch: int,
+    candidates: int,
+) -> None:
+    if not isinstance(model, Model):
+        raise ValueError(
+            f"model = {model!r}; wrap your network: fewstep.Denoiser(network, process=..., "
+            "predicts=...)"
+        )
+    for method in methods:
+        if method not in METHODS:
+            raise ValueError(unknown("methods", method, METHODS))
+    if len(noises) != 3 or min(noises) < 2:
+        raise ValueError(
+            f"noises = {noises}; need three numbers of at least 2: for fits, for the choice, for "
+            "the report"
+        )
+    if budget is not None and not budget > 0:
+        raise ValueError(f"budget = {budget}; need seconds > 0, or None")
+    for name, value in (("batch", batch), ("candidates", candidates)):
+        if isinstance(value, bool) or not isinstance(value, Integral) or value < 1:
+            raise ValueError(f"{name} = {value!r}; need an integer >= 1")
+
+
+def _guided(model: Model, guidance: float | None, uncond: Mapping[str, Any] | None) -> Model:
+    if guidance is None:
+        if uncond is not None:
+            raise ValueError("uncond is given without guidance; give both, or a Guided model")
+        return model
+    if guidance_of(model):
+        raise ValueError(f"guidance = {guidance}, but the model has guidance already; leave it out")
+    if uncond is None:
+        raise ValueError(
+            f"guidance = {guidance} needs uncond: the conditions of the unconditional half"
+        )
+    return Guided(model, guidance, uncond)
+
+
+def _counts(nfe: int | Sequence[int]) -> list[int]:
+    counts = [nfe] if isinstance(nfe, Integral) else list(nfe)  # type: ignore[list-item]
+    bad = [n for n in counts if isinstance(n, bool) or not isinstance(n, Integral) or n < 1]
+    if bad or not counts:
+        raise ValueError(f"nfe = {nfe!r}; need integers >= 1")
+    return sorted({int(n) for n in counts})
+
+
+def _reduction(reduction: str | None, shape: tuple[int, ...]) -> str:
+    if reduction is not None:
+        return reduction
+    if math.prod(shape) <= 4096:
+        return "element"
+    return "channel" if len(shape) > 1 else "scalar"
+
+
+def _described(
+    model: Model,
+    shape: tuple[int, ...],
+    known: Mapping[str, Any],
+    cond: Mapping[str, Any],
+    noises: tuple[int, int, int],
+    seed: int,
+    dtype: torch.dtype,
+    data: Tensor | None,
+) -> str:
+    """What parts of a calibration depend on, as text."""
+    digest = hashlib.sha256(np.ascontiguousarray(known["values"]).tobytes())
+
+    def add(value: Any) -> None:
+        if isinstance(value, Mapping):
+            for k, v in sorted(value.items()):
+                digest.update(str(k).encode())
+                add(v)
+        elif isinstance(value, Tensor):
+            digest.update(value.detach().double().cpu().numpy().tobytes())
+        else:
+            digest.update(repr(value).encode())
+
+    add(cond)
+    if data is not None:
+        add(data)
+    body = {
+        "process": repr(model.process),
+        "prediction": model.prediction.name,
+        "guidance": guidance_of(model),
+        "shape": shape,
+        "noises": noises,
+        "seed": seed,
+        "dtype": str(dtype),
+        "network, conditions and data": digest.hexdigest(),
+    }
+    return json.dumps(body, indent=1)
+
+
+def _teacher(
+    store: _Store,
+    model: Counted,
+    shape: tuple[int, ...],
+    count: int,
+    cond: Mapping[str, Any],
+    seed: int,
+    batch: int,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> Teacher:
+    def make() -> tuple[dict[str, Tensor], Any]:
+        made = teach(
+            model,
+            shape,
+            count,
+            cond=cond,
+            seed=seed,
+            batch=batch,
+            device=device,
+            dtype=dtype,
+        )
+        if not bool(torch.isfinite(made.samples).all()):
+            raise FloatingPointError(
+                "the model's converged samples are not finite; look for overflow in half "
+                "precision, or a wrong process or prediction (fewstep.diagnose)"
+            )
+        return {"x": made.x, "samples": made.samples}, (made.error, made.nfe)
+
+    tensors, (error, spent) = store.part("teacher", make)
+    x, samples = (tensors[k].to(device) for k in ("x", "samples"))
+    return Teacher(model, x, samples, cond, error, spent, batch)
+
+
+def screened(
+    model: Model, nfe: int, which: str = "short"
+) -> tuple[list[Plan], list[tuple[str, str, str]]]:
+    """The solvers as they are: plans, and their (solver, grid, final). Duplicates and what a
+    solver, a grid or this number of evaluations cannot do are left out."""
+    plans: list[Plan] = []
+    names: list[tuple[str, str, str]] = []
+    seen: set[bytes] = set()
+    for solver in solvers.values():
+        if (
+            solver.stochastic
+            or solver.adaptive
+            or (which == "short" and solver.name not in _SOLVERS)
+        ):
+            continue
+        for grid in grids.values():
+            if which == "short" and grid.name not in _GRIDS:
+                continue
+            for final in ("zero", "min"):
+                if which == "short" and final == "min":
+                    continue
+                try:
+                    made = plan(solver, model, nfe, grid=grid, final=final)
+                except ValueError:
+                    continue
+                if made.nfe != nfe or made.given != 1:
+                    continue
+                key = b"".join(np.round(v, 10).tobytes() for v in _numbers(made))
+                if key not in seen:
+                    seen.add(key)
+                    plans.append(made)
+                    names.append((solver.name, grid.name, final))
+    return plans, names
+
+
+def _numbers(run: Plan) -> list[Array]:
+    parts = [np.array([(v.alpha, v.sigma) for v in run.levels])]
+    for row in run.rows:
+        for terms in (row.a, row.b):
+            parts += [np.array(list(terms), dtype=float)]
+            parts += [np.asarray(c, dtype=float) for c in terms.values()]
+    return parts
+
+
+def score(errors: Array) -> float:
+    """What is small when both the usual and the worst sample are good: sqrt(median rms)."""
+    return math.sqrt(float(np.median(errors)) * math.sqrt(float(np.square(errors).mean())))
+
+
+def _solvers(job: _Job, nfe: int) -> Iterator[_Found]:
+    """The best solvers as they are: all on a few held-out noises, the best on all of them."""
+    with job.cost() as spent:
+        plans, names = screened(job.model, nfe, job.screen)
+        if not plans:
+            raise ValueError(f"nfe = {nfe}; no solver can spend exactly that")
+        few = job.held[:32]
+        rough = [score(e) for e in shared_errors(few, plans)]
+        order = np.argsort(rough, kind="stable")[:24]
+        exact = shared_errors(job.held, [plans[i] for i in order])
+        ranked = sorted(range(len(order)), key=lambda k: score(exact[k]))[:8]
+    for k in ranked:
+        solver, grid, final = names[order[k]]
+        label = f"{solver} on {grid}" + (" to min" if final == "min" else "")
+        yield _Found(label, "solver", plans[order[k]], int(spent[0]), spent[1])
+
+
+def _learned(
+    job: _Job, nfe: int, found: Sequence[_Found], budget: float | None
+) -> Iterator[_Found]:
+    with job.cost() as spent:
+        made = learn(
+            job.train,
+            job.held,
+            _diverse(found),
+            jacobian=job.jacobian,
+            budget=budget,
+            seed=job.seed,
+        )
+    yield _Found(made.name, "learned", made.plan, int(spent[0]), spent[1])
+
+
+def _diverse(found: Sequence[_Found], count: int = 4) -> list[Plan]:
+    """The best hand-made plans, no two of the same solver or on the same grid while that lasts."""
+    solver = [f for f in found if f.kind == "solver"]
+    out: list[_Found] = []
+    for wanted in (True, False):
+        for f in solver:
+            used = {part for g in out for part in g.name.split(" on ")}
+            if f not in out and not (wanted and used & set(f.name.split(" on "))):
+                out.append(f)
+    return [f.plan for f in out[:count]]
+
+
+def _compensated(
+    job: _Job, nfe: int, found: Sequence[_Found], budget: float | None
+) -> Iterator[_Found]:
+    made = 0
+    for f in found:
+        if f.kind != "solver" or made == _COMPENSATED:
+            continue
+        with job.cost() as spent:
+            try:
+                fit = fit_ratios(job.train, f.plan, held_out=job.held)
+            except ValueError:  # it has no history to compensate with
+                continue
+        made += 1
+        yield _Found(f"{f.name}, ratios", "compensated", fit.plan, int(spent[0]), spent[1])
+
+
+def _statistics(job: _Job) -> EMS:
+    """The model's statistics, made once."""
+
+    def estimated(derivative: str) -> EMS:
+        return estimate_ems(
+            job.model,
+            clean[:count],
+            cond=taken(cond, slice(0, count), len(clean)) or None,
+            reduction=job.reduction,
+            derivative=derivative,
+            seed=job.seed,
+            batch=min(64, job.train.batch),
+            progress=False,
+        )
+
+    def make() -> tuple[dict[str, Tensor], Any]:
+        how = "forward" if job.derivative == "auto" else job.derivative
+        try:
+            ems = estimated(how)
+        except ValueError as error:
+            if job.derivative != "auto" or "derivative = 'difference'" not in str(error):
+                raise
+            ems = estimated("difference")
+        blob = np.frombuffer(ems.to_bytes(), np.uint8).copy()
+        return {"ems": torch.from_numpy(blob)}, None
+
+    clean = job.train.samples if job.data is None else job.data
+    count = min(len(clean), _STATISTICS_SAMPLES) if job.data is None else len(clean)
+    cond = job.train.cond if job.data is None else cycled(job.train.cond, count)
+    tensors, _ = job.store.part("statistics", make)
+    return EMS.from_bytes(tensors["ems"].numpy().tobytes())
+
+
+def _kept_statistics(job: _Job, methods: Sequence[str]) -> EMS | None:
+    if "statistics" not in methods or any(s.startswith("statistics") for s in job.skipped):
+        return None
+    return _statistics(job)
+
+
+def _with_statistics(
+    job: _Job, nfe: int, found: Sequence[_Found], budget: float | None
+) -> Iterator[_Found]:
+    with job.cost() as spent:
+        ems = _statistics(job)
+        plans, names = [], []
+        # Averages over all elements are less noisy, and often the better table.
+        tables = {"": ems}
+        if job.reduction != "scalar":
+            tables[", mean"] = ems.reduced("scalar")
+        for label, solver in ((k, v) for k, e in tables.items() for v in v3_variants(e)):
+            for grid in ("lambda", "softened", "karras", "arctan", "uniform"):
+                try:
+                    plans.append(plan(solver, job.model, nfe, grid=grid))
+                except ValueError:
+                    continue
+                names.append(f"{solver.name}{label} on {grid}")
+        errors = [score(e) for e in shared_errors(job.held, plans)]
+    best = int(np.argmin(errors))
+    yield _Found(names[best], "statistics", plans[best], int(spent[0]), spent[1])
+
+
+def v3_variants(ems: EMS) -> list[Solver]:
+    """DPM-Solver-v3 with these statistics: what its authors use in one setting or another."""
+    out: list[Solver] = []
+    for order in (2, 3):
+        for pseudo in (False, True)[: order - 1]:
+            name = f"dpm_solver_v3_{order}" + "_pseudo" * pseudo
+            out += [
+                dpm_solver_v3(ems, order, pseudo=pseudo, corrector="none", name=name),
+                dpm_solver_v3(ems, order, pseudo=pseudo, name=f"{name}_c"),
+                dpm_solver_v3(ems, order, pseudo=pseudo, corrector_pseudo=True, name=f"{name}_cp"),
+            ]
+    return out
+
+
+def _searched(
+    job: _Job, nfe: int, found: Sequence[_Found], budget: float | None
+) -> Iterator[_Found]:
+    with job.cost() as spent:
+        made = search(
+            job.train,
+            job.held,
+            nfe,
+            candidates=job.candidates,
+            seconds=budget,
+            seed=job.seed,
+        )
+    yield _Found("staged search", "search", made.plan, int(spent[0]), spent[1])
+
+
+_FITS: dict[str, Callable[[_Job, int, Sequence[_Found], float | None], Iterator[_Found]]] = {
+    "learned": _learned,
+    "compensated": _compensated,
+    "statistics": _with_statistics,
+    "search": _searched,
+}
+
+
+def candidate(nfe: int, name: str, kind: str, test: Array, held: Array, **more: Any) -> Candidate:
+    """A line of a report from errors on test and held-out noises."""
+    ranked = np.sort(test)
+    n = len(ranked)
+    reach = 0.98 * math.sqrt(n)  # of ranks around the middle: binomial, 95 %
+    low = ranked[max(0, math.floor(n / 2 - reach))]
+    high = ranked[min(n - 1, math.ceil(n / 2 + reach))]
+    return Candidate(
+        nfe,
+        name,
+        kind,
+        float(np.median(test)),
+        float(low),
+        float(high),
+        float(np.sqrt(np.square(test).mean())),
+        float(np.quantile(test, 0.9)),
+        float(np.median(held)),
+        **more,
+    )
+
+
+def _compared(job: _Job, nfe: int, found: Sequence[_Found]) -> tuple[Plan, list[Candidate]]:
+    """The plan to keep, and the report."""
+    held = [job.held.errors(f.plan) for f in found]
+    test = [job.test.errors(f.plan) for f in found]
+    scores = [score(e) for e in held]
+    plain = min((i for i, f in enumerate(found) if f.kind == "solver"), key=lambda i: scores[i])
+
+    def no_worse(i: int) -> bool:
+        rms = [math.sqrt(float(np.square(held[k]).mean())) for k in (i, plain)]
+        return float(np.median(held[i])) <= float(np.median(held[plain])) and rms[0] <= rms[1]
+
+    best = min((i for i in range(len(found)) if no_worse(i)), key=lambda i: scores[i])
+    lines = [
+        candidate(
+            nfe,
+            f.name,
+            f.kind,
+            test[i],
+            held[i],
+            evaluations=f.evaluations,
+            seconds=f.seconds,
+            chosen=i == best,
+        )
+        for i, f in enumerate(found)
+    ]
+    return found[best].plan, lines

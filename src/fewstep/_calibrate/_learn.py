@@ -1,0 +1,632 @@
+r"""Learned plans: the numbers of a program fitted to converged samples of the model in hand.
+
+A program (`_program`) has N(N + 5) / 2 numbers, all of them free: when the network is asked, what
+it is told, and how its answers are combined. From several hand-made plans, damped Gauss-Newton
+(Levenberg-Marquardt) steps lower
+
+    F = mean_n f(s_n),   s_n = mean over elements of (z_N - x*)^2 + delta^2,   x* converged,
+    f = log s ("log"), s^(1/4) ("root"), s^(1/2) ("l1"), s ("l2"),
+
+by H = sum w_n J_n^T J_n, g = sum w_n J_n^T r_n, w = f'(s): step = -(H + mu diag H)^-1 g. log s is
+the loss of Bespoke Non-Stationary Solvers (arXiv 2403.01329): the few noises whose sample changes
+its mode under any small error would own a sum of squares. The best fit then takes some steps with
+"root", which gives up a little of the median for the root mean square. Reverse-mode matrices are
+random estimates, averaged over the last iterations.
+
+What is returned is the best, on noises that were not fitted, of all iterates and all hand-made
+plans: it is no worse there than the best hand-made one in median, and in root mean square.
+
+Restrictions of the same program, for less to learn or to compare: "coefficients" on a fixed grid
+(S4S, arXiv 2502.17423), "labels", what the network is told, with all else fixed; "times" of a
+hand-made solver, whose coefficients follow, and "times and labels" (LD3, arXiv 2405.15506).
+"""
+
+from __future__ import annotations
+
+import math
+import time as clock
+import zlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from .._denoiser import Model
+from .._plan import Plan
+from .._prediction import unknown
+from .._process import Array
+from .._sampling import plan
+from ._jacobian import Machine, Walk
+from ._program import Program, Space, answered, plan_of, program_of
+from ._recalled import Recalled
+from ._teacher import Counted, Teacher
+
+__all__ = ["LOSSES", "WHAT", "Fit", "Learned", "Progress", "data_mean", "learn", "score"]
+
+LOSSES = ("log", "root", "l1", "l2")
+WHAT = ("all", "coefficients", "labels", "times", "times and labels")
+
+#: Damping: at the start, factors after success and failure, floor, tries per iteration.
+_DAMPING, _EASED, _RAISED, _LEAST, _TRIES = 1e-2, 0.2, 4.0, 1e-9, 12
+#: Of the diagonal of H, the floor relative to its largest entry.
+_FLOOR = 1e-10
+#: Largest moves: of lambda; of a coefficient c, (this) (1 + |c|).
+_MOVE_TIME, _MOVE = 0.7, 0.5
+#: A fit is done after so many decreases in a row that are smaller than this, relative to f's scale.
+_SMALL, _PATIENCE = 1e-3, 4
+#: Share of the last estimate in the average of H.
+_MEMORY = 0.5
+#: Iterations after which the worse half of the fits is given up; noises of the first round.
+_ROUNDS, _PILOT, _FINALISTS = (5, 12), 96, 2
+#: Iterations of the last fit, with another loss, and the share of the budget kept for it.
+_POLISH, _RESERVE = 12, 0.8
+
+
+def score(errors: Array) -> float:
+    """What plans are chosen by: log of the median plus log of the root mean square."""
+    errors = np.asarray(errors)
+    if not np.isfinite(errors).all():
+        return math.inf
+    tiny = np.finfo(np.float64).tiny
+    return math.log(np.median(errors) + tiny) + 0.5 * math.log(np.mean(errors**2) + tiny)
+
+
+def _rms(errors: Array) -> float:
+    return float(np.sqrt(np.mean(errors**2)))
+
+
+def data_mean(teacher: Teacher) -> Array:
+    """The mean of the data as the model sees it: of its predictions from pure noise."""
+    process, total = teacher.model.process, 0.0
+    machine, level = Machine(teacher.model), process.level(process.t_start)
+    for part in teacher.chunks():
+        sub = teacher[part]
+        total = total + machine.data(sub.x, level, sub.cond).double().sum(0)
+    mean = (total / len(teacher)).cpu().numpy()  # pyright: ignore[reportAttributeAccessIssue]
+    if not np.isfinite(mean).all():
+        raise ValueError(
+            "first_step = True needs the mean of the data, but the data predictions at the start "
+            "of the process are not finite; use first_step=False"
+        )
+    return mean
+
+
+@dataclass(eq=False)
+class Fit:
+    """One fit: where it started, where it is, and the best program it met on held-out noises.
+
+    what: which numbers are free. at: their values. base: the program that the others are from.
+    """
+
+    name: str
+    base: Program
+    what: str
+    loss: str
+    at: Array
+    damping: float = _DAMPING
+    matrix: Array | None = None
+    iterations: int = 0
+    quiet: int = 0
+    done: bool = False
+    best: Program | None = None
+    best_score: float = math.inf
+    origin: Any = None
+    first_step: bool = False
+    history: list[tuple[float, float]] = field(default_factory=list)
+
+
+@dataclass(eq=False)
+class Progress:
+    """Where learning stands: hand it to `learn(resume=...)`, with the other arguments as before,
+    to go on. Plain numbers and arrays: it can be pickled."""
+
+    fits: list[Fit] = field(default_factory=list)
+    stage: int = 0
+    evaluations: int = 0
+    gradients: int = 0
+    seconds: float = 0.0
+    mean: Array | None = None
+    start_errors: dict[str, Array] = field(default_factory=dict)
+
+    @property
+    def iterations(self) -> int:
+        """Of all fits."""
+        return sum(fit.iterations for fit in self.fits)
+
+    @property
+    def best(self) -> float:
+        """The best held-out score of all fits so far (log median + log root mean square)."""
+        return min((fit.best_score for fit in self.fits), default=math.inf)
+
+
+@dataclass(frozen=True, eq=False)
+class Learned:
+    """plan: the best on held-out noises. name: the start it came from, and by what. errors: its
+    errors on the held-out noises. start_errors: of every hand-made plan. program: None where a
+    hand-made plan won. evaluations: of the network, on single samples. gradients: backward or
+    Jacobian-vector products. iterations, seconds: of everything. progress: to go on from."""
+
+    plan: Plan
+    name: str
+    errors: Array
+    start_errors: dict[str, Array]
+    program: Program | None
+    evaluations: int
+    gradients: int
+    iterations: int
+    seconds: float
+    progress: Progress
+
+    def __repr__(self) -> str:
+        best = min(self.start_errors.values(), key=score)
+        return (
+            f"<Learned {self.plan.nfe} NFE from {self.name}: held-out median "
+            f"{np.median(self.errors):.4g} (best hand-made {np.median(best):.4g}), root mean "
+            f"square {_rms(self.errors):.4g} ({_rms(best):.4g}); {self.iterations} iterations, "
+            f"{self.evaluations} evaluations, {self.seconds:.0f} s>"
+        )
+
+
+def learn(
+    train: Teacher,
+    held: Teacher,
+    starts: Sequence[Plan],
+    *,
+    jacobian: str = "reverse",
+    what: str = "all",
+    first_step: bool = True,
+    loss: str = "log",
+    iterations: int = 80,
+    budget: float | None = None,
+    evaluations: int | None = None,
+    cap: float = 1.5,
+    probes: int = 2,
+    step: float | None = None,
+    seed: int = 0,
+    each: Callable[[Progress], None] | None = None,
+    resume: Progress | None = None,
+) -> Learned:
+    """Fit a plan to the model's own converged samples.
+
+    train, held: converged samples to fit, and to choose on: different noises.
+    starts: hand-made plans of N evaluations; those of N + 1 begin with a free first step, their
+        first evaluation answered by the mean of the data.
+    jacobian: "reverse" (autograd, one network graph at a time), "forward" (exact, Jacobian-vector
+        products), "differences" (network calls only).
+    what: "all", or a restriction; see the top of this module. "times" need starts as compiled by
+        `fewstep.plan`.
+    first_step: starts of N evaluations are also tried with one more, answered by the mean.
+    loss: "log", "root", "l1" or "l2"; the best is fitted a little more with "root" ("log" after
+        others).
+    iterations: at most so many per fit. budget: seconds; evaluations: of the network, on single
+        samples; both for all fits together, and looked at between iterations.
+    cap: largest sum_j |b_Nj|, which is what rounding of the network's answers is multiplied by, in
+        units of the largest of the starts.
+    probes: random products per iteration, for "reverse". step: relative size of perturbations, for
+        "differences"; None: by the dtype that the network answers in.
+    each: called after every iteration. resume: progress of an earlier call, to go on from.
+    """
+    for name, value, known in (("loss", loss, LOSSES), ("what", what, WHAT)):
+        if value not in known:
+            raise ValueError(unknown(name, value, known))
+    if not starts:
+        raise ValueError("starts is empty; give at least one plan")
+    if len(held) < 2:
+        raise ValueError(f"held has {len(held)} samples; need at least 2")
+    return _Learner(
+        train, held, list(starts), jacobian, what, first_step, loss, iterations, budget,
+        evaluations, cap, probes, step, seed, each, resume,
+    ).result()  # fmt: skip
+
+
+class _Learner:
+    """One call of `learn`."""
+
+    def __init__(
+        self,
+        train: Teacher,
+        held: Teacher,
+        starts: list[Plan],
+        jacobian: str,
+        what: str,
+        first_step: bool,
+        loss: str,
+        iterations: int,
+        budget: float | None,
+        evaluations: int | None,
+        cap: float,
+        probes: int,
+        step: float | None,
+        seed: int,
+        each: Callable[[Progress], None] | None,
+        resume: Progress | None,
+    ) -> None:
+        self.counted = Counted(train.model)
+        self.train = replace(train, model=self.counted)
+        self.held = replace(held, model=self.counted)
+        self.machine = Machine(self.counted, jacobian, probes, step)
+        self.model: Model = train.model
+        self.process = self.model.process
+        self.what, self.loss, self.most, self.seed, self.each = what, loss, iterations, seed, each
+        self.budget, self.allowed = budget, evaluations
+        self.begun = clock.perf_counter()
+        self.progress = resume or Progress()
+        self.before = (self.progress.evaluations, self.progress.seconds)
+        self.n = min(run.nfe for run in starts)
+        if any(run.nfe > self.n + 1 for run in starts):
+            raise ValueError(
+                f"starts have {sorted({run.nfe for run in starts})} evaluations; need N, or N + 1 "
+                "for those that begin with a free first step"
+            )
+        self.space = Space(self.process, self.n, self.model.rounds)
+        scale = float(train.samples.double().square().mean().sqrt())
+        error = train.error if math.isfinite(train.error) else 0.0
+        self.delta = (1e-4 * scale) ** 2 + error**2
+        self.hand = [run for run in starts if run.nfe == self.n]
+        self.cap = cap * max(program_of(run).gain for run in self.hand if _is_program(run))
+        if not self.progress.fits:
+            self._begin(starts, first_step)
+        self.names = list(self.progress.start_errors)
+        errors = self.progress.start_errors
+        self.best_hand = min(range(len(self.hand)), key=lambda i: score(errors[self.names[i]]))
+        self.reference = errors[self.names[self.best_hand]]
+
+    def _begin(self, starts: list[Plan], first_step: bool) -> None:
+        """Errors of the hand-made plans, and the fits that start from them."""
+        longer = [run for run in starts if run.nfe == self.n + 1]
+        if first_step and not longer:
+            longer = [run for run in map(self._longer, self.hand) if run is not None]
+        seen: dict[str, Array] = {}
+        for run in self.hand:
+            name = base = _named(run)
+            while name in seen:
+                name = f"{base} ({sum(key.startswith(base) for key in seen) + 1})"
+            seen[name] = self.held.errors(run)
+        self.progress.start_errors = seen
+        for name, run in zip(seen, self.hand, strict=True):
+            if _is_program(run):
+                self._add(name, program_of(run), run, False)
+        if longer:
+            self.progress.mean = data_mean(self.train)
+            for run in longer:
+                if _is_program(run):
+                    program = answered(program_of(run), self.progress.mean)
+                    self._add(f"{_named(run)}, free first step", program, run, True)
+        if not self.progress.fits:
+            raise ValueError("starts: none of them is a program; give plans with scalar rows")
+
+    def _longer(self, run: Plan) -> Plan | None:
+        """The same solver and grid with one evaluation more."""
+        origin, grid = run.origin, run.about.get("grid", "list")
+        if origin is None or grid == "list" or not _is_program(run):
+            return None
+        final = "min" if origin.times[-1] == self.process.t_end else "zero"
+        try:
+            return plan(origin.solver, self.model, self.n + 1, grid=grid, final=final)
+        except ValueError:
+            return None
+
+    def _add(self, name: str, program: Program, run: Plan, first_step: bool) -> None:
+        if self.process.t_clean is not None:
+            # Whatever its last level was, it is fitted to samples at sigma = 0.
+            program = replace(program, end=float(self.process.t_clean))
+        fit = Fit(name, program, self.what, self.loss, np.empty(0), first_step=first_step)
+        if self.what.startswith("times"):
+            if run.origin is None:
+                return
+            fit.origin = run.origin
+        fit.at = self._first(fit)
+        self.progress.fits.append(fit)
+
+    # the numbers that are free
+
+    def _free(self, fit: Fit) -> NDArray[np.intp]:
+        """Indices in `Space` of the numbers that a fit moves, directly or not."""
+        space, n = self.space, self.n
+        lam = space.vector(fit.base)[:n]
+        fixed = isinstance(self.model, Recalled)  # its first answer is for the start only
+        times = [space.place("t", k) for k in range(fixed, n) if np.isfinite(lam[k])]
+        if fit.what == "labels":
+            return np.array(times)
+        a = [space.place("a", k) for k in range(0 if fit.first_step else 1, n + 1)]
+        c = [space.place("c", k) for k in range(n + 1)] if fit.first_step else []
+        b = [space.place("b", k, j) for k in range(1, n + 1) for j in range(k)]
+        rows = [*a, *c, *b]
+        return np.array(rows if fit.what == "coefficients" else [*times, *rows])
+
+    def _first(self, fit: Fit) -> Array:
+        """The values to start from."""
+        if fit.origin is None:
+            return self.space.vector(fit.base)[self._free(fit)]
+        lam = self.process.lam(np.array(fit.origin.times))[self._inner(fit)]
+        extra = self.n if fit.what == "times and labels" else 0
+        return np.concatenate([lam, np.zeros(extra)])
+
+    def _inner(self, fit: Fit) -> NDArray[np.intp]:
+        """Which times of a solver are free: all but the first, and the last."""
+        return np.arange(1, len(fit.origin.times) - 1)
+
+    def _vector(self, fit: Fit, at: Array) -> Array:
+        """The numbers of the program for values of the free ones; NaN where there is no such."""
+        if fit.origin is None:
+            vector = self.space.vector(fit.base)
+            vector[self._free(fit)] = at
+            return vector
+        inner = self._inner(fit)
+        times = np.array(fit.origin.times)
+        times[inner] = self.process.time(at[: len(inner)])
+        if self.model.rounds:
+            times[inner] = np.round(times[inner])
+        try:
+            program = program_of(fit.origin(times))
+        except ValueError:  # times that do not fall
+            return np.full(self.space.size, math.nan)
+        if fit.first_step:
+            assert self.progress.mean is not None
+            program = answered(program, self.progress.mean)
+        vector = self.space.vector(program)
+        if fit.what == "times and labels":
+            low, high = self.space.limits()
+            moved = np.clip(vector[: self.n] + at[len(inner) :], low, high)
+            vector[: self.n] = np.where(np.isfinite(vector[: self.n]), moved, vector[: self.n])
+        return vector
+
+    def _chain(self, fit: Fit) -> Array:
+        """d(numbers of the program) / d(free values)."""
+        free = self._free(fit)
+        if fit.origin is None:
+            return np.eye(self.space.size)[:, free]
+        columns, count = [], len(self._inner(fit))
+        for i in range(len(fit.at)):
+            low, high = fit.at[i] - 1e-5, fit.at[i] + 1e-5
+            if self.model.rounds and i < count:  # from integer to integer
+                t = float(self.process.time(fit.at[i]))
+                low, high = sorted(float(self.process.lam(np.round(t) + d)) for d in (-1, 1))
+            ends = []
+            for value in (low, high):
+                at = fit.at.copy()
+                at[i] = value
+                ends.append(self._vector(fit, at))
+            with np.errstate(invalid="ignore"):
+                columns.append((ends[1] - ends[0]) / (high - low))
+        chain = np.array(columns).T
+        return np.where(np.isfinite(chain), chain, 0.0)
+
+    def _timed(self, fit: Fit) -> NDArray[np.bool_]:
+        """Which of the values are lambda, or shifts of it."""
+        if fit.origin is not None:
+            return np.ones(len(fit.at), dtype=bool)
+        return self._free(fit) < self.n
+
+    def _clipped(self, fit: Fit, at: Array) -> Array:
+        """Values with lambda in the range that the network knows, or where it started."""
+        low, high = self.space.limits()
+        clipped = np.clip(at, np.minimum(low, self._first(fit)), high)
+        timed = self._timed(fit)
+        timed[len(self._inner(fit)) if fit.origin is not None else len(at) :] = False  # shifts
+        return np.where(timed, clipped, at)
+
+    # one iteration
+
+    def _loss(self, off: torch.Tensor, kind: str) -> tuple[float, Array]:
+        """(F, weights) of residuals."""
+        s = off.double().square().flatten(1).mean(1).cpu().numpy() + self.delta
+        if not np.isfinite(s).all():
+            return math.inf, s
+        if kind == "log":
+            return float(np.log(s).mean()), 1 / s
+        if kind == "root":
+            return float((s**0.25).mean()), 0.25 * s**-0.75
+        if kind == "l1":
+            return float(np.sqrt(s).mean()), 0.5 / np.sqrt(s)
+        return float(s.mean()), np.ones_like(s)
+
+    def _walk(self, program: Program, teacher: Teacher) -> list[Walk]:
+        subs = [teacher[part] for part in teacher.chunks()]
+        return [self.machine.run(program, sub.x, sub.cond) for sub in subs]
+
+    def _off(self, walks: list[Walk], teacher: Teacher) -> torch.Tensor:
+        return torch.cat([walk.result for walk in walks]) - teacher.samples
+
+    def _program(self, fit: Fit, at: Array) -> Program | None:
+        vector = self._vector(fit, at)
+        if np.isnan(vector).any():
+            return None
+        mean = self.progress.mean if fit.first_step else None
+        program = self.space.program(vector, replace(fit.base, mean=mean))
+        return program if program.gain <= self.cap or program.gain <= fit.base.gain else None
+
+    def _judge(self, fit: Fit, program: Program) -> None:
+        """Keep a program that is the best of its fit on held-out noises."""
+        off = self._off(self._walk(program, self.held), self.held)
+        errors = self.held.distances(self.held.samples + off)
+        value = score(errors)
+        fit.history[-1] = (fit.history[-1][0], value)
+        if value < fit.best_score and self._eligible(errors) and program.gain <= self.cap:
+            fit.best, fit.best_score = program, value
+
+    def _eligible(self, errors: Array) -> bool:
+        """No worse than the best hand-made plan in median, and in root mean square."""
+        reference = self.reference
+        return bool(np.median(errors) <= np.median(reference) and _rms(errors) <= _rms(reference))
+
+    def _iterate(self, fit: Fit, until: int, teacher: Teacher) -> None:
+        """Gauss-Newton steps until so many were made, the fit is done, or the budget is spent."""
+        if fit.done or fit.iterations >= until or self._spent(fit):
+            return
+        program = self._program(fit, fit.at)
+        if program is None:
+            fit.done = True
+            return
+        walks = self._walk(program, teacher)
+        value, weights = self._loss(self._off(walks, teacher), fit.loss)
+        if not fit.history:
+            fit.history.append((value, math.inf))
+            self._judge(fit, program)
+        while not (fit.done or fit.iterations >= until or self._spent(fit)):
+            gradient = self._assemble(fit, program, walks, weights, teacher)
+            found = self._try(fit, gradient, value, teacher)
+            fit.iterations += 1
+            if found is None:
+                fit.quiet, fit.matrix = fit.quiet + 1, None
+            else:
+                at, program, walks, new, weights = found
+                scale = 1.0 if fit.loss == "log" else abs(value)
+                small = value - new < _SMALL * scale
+                fit.at, value, fit.quiet = at, new, fit.quiet + 1 if small else 0
+                fit.history.append((value, math.inf))
+                self._judge(fit, program)
+            fit.done = fit.quiet >= _PATIENCE
+            self._tick()
+
+    def _assemble(
+        self, fit: Fit, program: Program, walks: list[Walk], weights: Array, teacher: Teacher
+    ) -> Array:
+        """The gradient; the matrix goes into the fit's average."""
+        chain, size = self._chain(fit), self.space.size
+        touched = np.flatnonzero(np.abs(chain).max(1) > 0)
+        gradient, matrix, at = np.zeros(size), np.zeros((size, size)), 0
+        text = f"{self.seed} {fit.name} {fit.iterations}"
+        source = torch.Generator().manual_seed(zlib.crc32(text.encode()))
+        for walk, part in zip(walks, teacher.chunks(), strict=True):
+            sub = teacher[part]
+            w = weights[at : at + len(sub)]
+            at += len(sub)
+            products = self.machine.products(
+                program, walk, sub.x, sub.cond, walk.result - sub.samples, w, touched, source
+            )
+            self.progress.gradients += products.gradients
+            gradient += w @ products.transposed
+            matrix += products.gram
+        matrix = chain.T @ matrix @ chain
+        if self.machine.mode == "reverse" and fit.matrix is not None:
+            # Weights fall as the error does: compare matrices on one scale.
+            old = fit.matrix * (np.trace(matrix) / max(np.trace(fit.matrix), 1e-300))
+            matrix = _MEMORY * old + (1 - _MEMORY) * matrix
+        fit.matrix = matrix
+        return chain.T @ gradient
+
+    def _try(
+        self, fit: Fit, gradient: Array, value: float, teacher: Teacher
+    ) -> tuple[Array, Program, list[Walk], float, Array] | None:
+        """The first of a few damped steps that lowers the loss."""
+        matrix = fit.matrix
+        assert matrix is not None
+        diagonal = np.diag(matrix)
+        if not np.isfinite(matrix).all() or not diagonal.max() > 0:
+            return None
+        diagonal = np.maximum(diagonal, _FLOOR * diagonal.max())
+        timed = self._timed(fit)
+        most = np.where(timed, _MOVE_TIME, _MOVE * (1 + np.abs(fit.at)))
+        # In units of 1 / sqrt(diagonal) all numbers weigh the same, and the solve is well scaled.
+        root = np.sqrt(diagonal)
+        scaled = matrix / np.outer(root, root)
+        for _ in range(_TRIES):
+            damped = scaled + fit.damping * np.eye(len(root))
+            move = -np.linalg.lstsq(damped, gradient / root, rcond=None)[0] / root
+            at = self._clipped(fit, fit.at + np.clip(move, -most, most))
+            program = self._program(fit, at)
+            if program is not None:
+                walks = self._walk(program, teacher)
+                new, weights = self._loss(self._off(walks, teacher), fit.loss)
+                if new < value:
+                    fit.damping = max(fit.damping * _EASED, _LEAST)
+                    return at, program, walks, new, weights
+            fit.damping = min(fit.damping * _RAISED, 1e8)
+            if self._spent(fit):
+                break
+        return None
+
+    # all of it
+
+    def _tick(self) -> None:
+        self.progress.evaluations = self.before[0] + self.counted.evaluations
+        self.progress.seconds = self.before[1] + clock.perf_counter() - self.begun
+        if self.each is not None:
+            self.each(self.progress)
+
+    def _spent(self, fit: Fit) -> bool:
+        self.progress.evaluations = self.before[0] + self.counted.evaluations
+        self.progress.seconds = self.before[1] + clock.perf_counter() - self.begun
+        share = 1.0 if fit.name.endswith(_POLISHED) else _RESERVE
+        return bool(
+            (self.budget is not None and self.progress.seconds > share * self.budget)
+            or (self.allowed is not None and self.progress.evaluations > share * self.allowed)
+        )
+
+    def result(self) -> Learned:
+        progress = self.progress
+        fits = [fit for fit in progress.fits if not fit.name.endswith(_POLISHED)]
+        few = self.train[: max(_PILOT, len(self.train) // 4)]
+        alive = fits
+        for i, until in enumerate(_ROUNDS):
+            for fit in alive:
+                self._iterate(fit, min(until, self.most), few if i == 0 else self.train)
+            alive = sorted(alive, key=_rank)[: max(_FINALISTS, len(alive) // 2)]
+        # The best first: with a budget, the others have what it leaves.
+        for fit in alive if self.budget is None else sorted(fits, key=_rank):
+            self._iterate(fit, self.most, self.train)
+        self._polish(fits)
+        return self._learned()
+
+    def _polish(self, fits: list[Fit]) -> None:
+        """From the best, a few steps with another loss; with integer times, of the rows alone."""
+        progress = self.progress
+        polished = [fit for fit in progress.fits if fit.name.endswith(_POLISHED)]
+        if not polished and self.most:
+            best = min(fits, key=lambda fit: fit.best_score)
+            if best.best is None:
+                return
+            loss = "root" if self.loss == "log" else "log"
+            what = "coefficients" if self.model.rounds and self.what == "all" else self.what
+            base = best.best
+            fit = replace(
+                best, name=best.name + _POLISHED, loss=loss, what=what, base=base, best=None,
+                best_score=math.inf, done=False, quiet=0, iterations=0, history=[], matrix=None,
+                damping=_DAMPING,
+            )  # fmt: skip
+            fit.at = best.at if best.origin is not None else self._first(fit)
+            polished = [fit]
+            progress.fits.append(fit)
+        for fit in polished:
+            self._iterate(fit, min(_POLISH, self.most), self.train)
+
+    def _learned(self) -> Learned:
+        progress = self.progress
+        best = min(progress.fits, key=lambda fit: fit.best_score)
+        hand = self.names[self.best_hand]
+        if best.best is None or best.best_score >= score(self.reference):
+            chosen, program, name, errors = self.hand[self.best_hand], None, hand, self.reference
+        else:
+            program, name = best.best, best.name
+            about = {"from": name, "fitted on": f"{len(self.train)} noises"}
+            chosen = plan_of(program, self.model, about)
+            errors = self.held.errors(chosen)
+        self._tick()
+        return Learned(
+            chosen, name, errors, progress.start_errors, program, progress.evaluations,
+            progress.gradients, progress.iterations, progress.seconds, progress,
+        )  # fmt: skip
+
+
+_POLISHED = ", polished"
+
+
+def _rank(fit: Fit) -> float:
+    """The best held-out score of a fit, of any iterate."""
+    return min((value for _, value in fit.history), default=math.inf)
+
+
+def _is_program(run: Plan) -> bool:
+    try:
+        program_of(run)
+    except ValueError:
+        return False
+    return True
+
+
+def _named(run: Plan) -> str:
+    return f"{run.about.get('solver', 'plan')} on {run.about.get('grid', 'its grid')}"

@@ -1,0 +1,208 @@
+r"""Programs: a deterministic sampler as the fewest numbers, and every plan as one.
+
+Whatever the solver, N network evaluations and linear algebra between them are the same as
+
+    z_k = a_k x + c_k m + sum_{j<k} b_kj D_j,     D_k = D(z_k, t_k),     result z_N
+
+with x the noise, D_j the data predictions so far, and m the mean of the data: the canonical form of
+Bespoke Non-Stationary Solvers (arXiv 2403.01329, proposition 3.1), with one more term. States in
+the sums add nothing, nor does another prediction, nor times of the solver beside those of the
+network; the level that the network is told, t_k, and the noise that is left in z_k, a_k sigma, need
+not agree. `program_of` gives the program of any plan whose coefficients are numbers, `plan_of` the
+plan of a program: N(N + 5) / 2 numbers, and N + 2 more where the first step is free.
+
+A first step that is free has z_0 = a_0 x + c_0 m. Where noise dominates, the first evaluation of a
+hand-made solver says little more than the mean of the data (`fewstep.analytic_first`); `answered`
+says it instead, and the evaluation is spent where it is worth more.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from .._denoiser import Model, told_integers
+from .._plan import Call, Plan, Row
+from .._process import Array, Level, Process
+
+__all__ = ["Program", "Space", "answered", "plan_of", "program_of"]
+
+
+@dataclass(frozen=True, eq=False)
+class Program:
+    """times (N,) of the process at which the network is told to be; a (N + 1,), b (N + 1, N) below
+    the diagonal, c (N + 1,) as in the module's formula; mean: m, broadcasts against a sample, or
+    None with c = 0; end: the time of the result."""
+
+    times: Array
+    a: Array
+    b: Array
+    c: Array
+    mean: Array | None
+    end: float
+
+    @property
+    def nfe(self) -> int:
+        """N."""
+        return len(self.times)
+
+    @property
+    def gain(self) -> float:
+        """sum_j |b_Nj|: what rounding of the data predictions is multiplied by, at worst."""
+        return float(np.abs(self.b[-1]).sum())
+
+    @property
+    def first_step(self) -> bool:
+        """Whether z_0 is not x."""
+        return bool(self.a[0] != 1 or self.c[0] != 0)
+
+    def levels(self, process: Process) -> list[Level]:
+        """Of every evaluation."""
+        return [process.level(float(t)) for t in self.times]
+
+    def mean_like(self, x: Tensor) -> Tensor | None:
+        """m next to a batch."""
+        if self.mean is None or not self.c.any():
+            return None
+        return x.new_tensor(self.mean).broadcast_to(x.shape[1:])
+
+
+def program_of(run: Plan) -> Program:
+    """The program that does what a plan does. Plans that draw noise, start from several states, or
+    have arrays for coefficients are no programs; a constant must be a multiple of one array."""
+    if run.draws or run.given != 1 or run.basis is not None or run.axis is not None:
+        raise ValueError(f"plan: {run!r} draws noise, starts from several states, or acts on modes")
+    tables = run.canonical()
+    a, b = (t.reshape(*t.shape[:axes], -1) for t, axes in zip(tables[:2], (1, 2), strict=True))
+    if np.ptp(a, axis=-1).any() or np.ptp(b, axis=-1).any():
+        raise ValueError(f"plan: {run!r} has arrays for coefficients; a program has numbers")
+    a, b = a[..., 0], b[..., 0]
+    c, mean = np.zeros(len(a)), None
+    if len(tables) > 3:
+        constants = tables[3]
+        flat = constants.reshape(len(a), -1)
+        mean = constants[np.argmax(np.abs(flat).max(1))]
+        c = flat @ mean.ravel() / (mean.ravel() @ mean.ravel())
+        if np.abs(flat - c[:, None] * mean.ravel()).max() > 1e-9 * np.abs(flat).max():
+            raise ValueError(f"plan: {run!r} has constants that are no multiples of one array")
+    times = np.array([level.t for level in run.evaluations], dtype=np.float64)
+    return Program(times, a, np.tril(b, -1), c, mean, float(run.times[-1]))
+
+
+def answered(program: Program, mean: Array) -> Program:
+    """The same program with its first data prediction replaced by the mean of the data: one
+    evaluation less."""
+    if program.nfe < 2 or program.first_step:
+        raise ValueError("program: its first step is free already, or it has one evaluation")
+    return Program(
+        program.times[1:],
+        program.a[1:],
+        program.b[1:, 1:],
+        program.b[1:, 0].copy(),
+        np.asarray(mean, dtype=np.float64),
+        program.end,
+    )
+
+
+def plan_of(program: Program, model: Model, about: Mapping[str, str] | None = None) -> Plan:
+    """The plan that does what a program does, for the process and prediction of a model.
+
+    The noise in a state and the level that the network is told are different things here, and only
+    the second is defined; it is given as the level of the state. The first state is x itself, at
+    the start of the process, whatever it is asked about.
+    """
+    process, n = model.process, program.nfe
+    asked = program.levels(process)
+    start = process.level(process.t_start)
+    shift = int(program.first_step)
+    calls: list[Call | None] = [None] * shift
+    for k, level in enumerate(asked):
+        p, q, c_in, c_noise = (float(s) for s in model.prediction.scalars(level))
+        elsewhere = not shift and k == 0 and level != start
+        calls.append(Call(p, q, c_in, c_noise, level if elsewhere else None))
+    levels = [start, *asked[1 - shift :]]
+    rows = []
+    for k in range(1 - shift, n + 1):
+        a = {0: float(program.a[k])} if program.a[k] else {}
+        b = {j + shift: float(program.b[k, j]) for j in range(k) if program.b[k, j]}
+        c = 0.0 if program.mean is None or not program.c[k] else program.c[k] * program.mean
+        rows.append(Row(a, b, 0, exact=False, c=c))
+    about = {
+        "solver": "learned",
+        "process": repr(process),
+        "grid": "learned",
+        "predicts": model.prediction.name,
+        **(about or {}),
+    }
+    if model.conditions > 1:
+        about["conditions per evaluation"] = str(model.conditions)
+    return Plan(
+        (*levels, process.level(program.end)),
+        tuple(rows),
+        (*calls, None),
+        told_integers(model.rounds, model.prediction),
+        process.prior_std(process.t_start),
+        about,
+    )
+
+
+@dataclass(frozen=True)
+class Space:
+    """Programs of N evaluations as vectors: lambda(t_k), then a_k, c_k, and b_kj row by row.
+
+    rounds: times are integers of the process; a vector's lambda need not be, its program's are.
+    """
+
+    process: Process
+    n: int
+    rounds: bool = False
+
+    @property
+    def size(self) -> int:
+        """How many numbers."""
+        n = self.n
+        return n + 2 * (n + 1) + n * (n + 1) // 2
+
+    @property
+    def below(self) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
+        """Where the entries of b stand, row by row."""
+        return np.tril_indices(self.n + 1, -1, self.n)
+
+    def place(self, kind: str, k: int, j: int = 0) -> int:
+        """The index of a number: "t", "a", "c" of k, or "b" of (k, j)."""
+        n = self.n
+        start = {"t": 0, "a": n, "c": 2 * n + 1, "b": 3 * n + 2}[kind]
+        return start + (k * (k - 1) // 2 + j if kind == "b" else k)
+
+    def parts(self, of: Array) -> tuple[Array, Array, Array, Array]:
+        """(lambda, a, c, b as a list) of a vector: views."""
+        n = self.n
+        return of[:n], of[n : 2 * n + 1], of[2 * n + 1 : 3 * n + 2], of[3 * n + 2 :]
+
+    def limits(self) -> tuple[float, float]:
+        """Least and largest lambda that the network knows."""
+        return self.process.lam_start, float(self.process.lam(self.process.t_end))
+
+    def vector(self, program: Program) -> Array:
+        """Of a program; lambda is -inf where alpha = 0."""
+        lam = np.array([float(self.process.lam(t)) for t in program.times])
+        return np.concatenate([lam, program.a, program.c, program.b[self.below]])
+
+    def program(self, of: Array, like: Program) -> Program:
+        """Of a vector, with the mean and the end of another, and its times where lambda agrees."""
+        lam, a, c, b = self.parts(of)
+        known = np.array([float(self.process.lam(t)) for t in like.times])
+        same = lam == known
+        times = np.where(same, like.times, 0.0)
+        if not same.all():
+            times[~same] = self.process.time(lam[~same])
+            if self.rounds:
+                low, high = sorted((self.process.t_start, self.process.t_end))
+                times[~same] = np.clip(np.round(times[~same]), low, high)
+        table = np.zeros((self.n + 1, self.n))
+        table[self.below] = b
+        return Program(times, a.copy(), table, c.copy(), like.mean, like.end)

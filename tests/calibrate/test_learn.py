@@ -1,0 +1,390 @@
+"""Learned plans: better than what they start from, never worse, for any process and any network."""
+
+from __future__ import annotations
+
+import pickle
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+import fewstep as fs
+from fewstep._calibrate._learn import WHAT, Progress, data_mean, learn, score
+from fewstep._calibrate._program import program_of
+from fewstep._calibrate._recalled import Recalled
+from fewstep._calibrate._robustness import robustness
+from fewstep._calibrate._teacher import Counted, Teacher, taken, teach
+
+torch.set_num_threads(1)
+
+MIXTURE = fs.exact.Mixture(
+    [0.3, 0.3, 0.4],
+    [[-1.0, 0.5], [1.0, 0.2], [0.2, -1.0]],
+    [0.2, 0.3, 0.25],
+    labels=[0, 1, 2],
+)
+
+
+def _teachers(model: fs.Model, shape=(2,), count=32, cond=None, **kwargs) -> list[Teacher]:
+    """To fit, to choose, and fresh."""
+    out = []
+    for n, first in ((count, 0), (count, 1000), (4 * count, 2000)):
+        its = None if cond is None else cond(n)
+        out.append(teach(model, shape, n, cond=its, first=first, nfe=64, **kwargs))
+    return out
+
+
+def _starts(model: fs.Model, nfe: int = 4) -> list[fs.Plan]:
+    return [fs.plan(name, model, nfe) for name in ("ipndm_3", "ddim")]
+
+
+def _rms(errors: np.ndarray) -> float:
+    return float(np.sqrt(np.mean(errors**2)))
+
+
+def _no_worse(learned, starts: list[fs.Plan], held: Teacher) -> None:
+    """The guarantee, computed again from the plans."""
+    errors = held.errors(learned.plan)
+    best = min((held.errors(run) for run in starts), key=score)
+    assert np.allclose(errors, learned.errors, rtol=1e-4)
+    assert np.median(errors) <= np.median(best) * (1 + 1e-4)
+    assert _rms(errors) <= _rms(best) * (1 + 1e-4)
+
+
+PROCESSES = {
+    "EDM": (fs.EDM(), "data", None),
+    "VP": (fs.VP(), "noise", None),
+    "flow": (fs.Flow(), "flow", None),
+    "table": (fs.DiscreteVP.scaled_linear(), "noise", None),
+    "zero terminal": (fs.DiscreteVP.linear().zero_terminal_snr(), "v", None),
+    "VE": (fs.VE(), "data", "lambda"),
+}
+
+
+@pytest.mark.parametrize("name", PROCESSES)
+def test_any_process(name: str, tmp_path) -> None:
+    model = MIXTURE.denoiser(*PROCESSES[name])
+    train, held, fresh = _teachers(model)
+    starts = _starts(model)
+    learned = learn(train, held, starts, iterations=12)
+    _no_worse(learned, starts, held)
+    best = min(np.median(fresh.errors(run)) for run in starts)
+    assert np.median(fresh.errors(learned.plan)) < 0.5 * best
+    assert learned.plan.nfe == 4
+    lam = [level.lam for level in learned.plan.evaluations]
+    assert max(lam) <= float(model.process.lam(model.process.t_end)) + 1e-9
+    learned.plan.save(tmp_path / "plan.safetensors")
+    loaded = fs.Plan.load(tmp_path / "plan.safetensors")
+    assert torch.equal(
+        fs.sample(model, (3, 2), solver=loaded), fs.sample(model, (3, 2), solver=learned.plan)
+    )
+
+
+def test_networks_that_are_told_integers_never_see_another_time() -> None:
+    exact = MIXTURE.denoiser(fs.DiscreteVP.scaled_linear(), "noise")
+    told: list[Tensor] = []
+
+    def network(x: Tensor, t: Tensor) -> Tensor:
+        told.append(t)
+        return exact.network(x, t)
+
+    model = fs.Denoiser(network, exact.process, "noise")
+    train, held, _ = _teachers(model)
+    told.clear()
+    starts = _starts(model)
+    learned = learn(train, held, starts, iterations=8)
+    _no_worse(learned, starts, held)
+    assert learned.program is not None
+    assert all(t.dtype == torch.int64 and t.min() >= 0 and t.max() <= 999 for t in told)
+    times = [level.t for level in learned.plan.evaluations]
+    assert times == [round(t) for t in times]
+    assert learned.plan.integer_times
+    assert times != [level.t for level in starts[0].evaluations]
+
+
+@pytest.mark.parametrize("jacobian", ["forward", "differences"])
+def test_other_jacobians(jacobian: str) -> None:
+    model = MIXTURE.denoiser(fs.VP(), "v")
+    train, held, fresh = _teachers(model)
+    starts = _starts(model)
+    if jacobian == "differences":  # and no graph
+
+        @torch.no_grad()
+        def remote(x: Tensor, t: Tensor) -> Tensor:
+            return MIXTURE.denoiser(fs.VP(), "v").network(x, t)
+
+        model = fs.Denoiser(remote, fs.VP(), "v")
+        train, held, fresh = (replace(t, model=model) for t in (train, held, fresh))
+    learned = learn(train, held, starts, jacobian=jacobian, iterations=8, first_step=False)
+    _no_worse(learned, starts, held)
+    best = min(np.median(fresh.errors(run)) for run in starts)
+    assert np.median(fresh.errors(learned.plan)) < 0.6 * best
+    assert (learned.gradients > 0) == (jacobian == "forward")
+
+
+@pytest.mark.parametrize(("shape", "dtype"), [((5,), torch.float64), ((2, 1, 3, 2), torch.float32)])
+def test_guided_models_of_any_shape(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    size = int(np.prod(shape))
+    source = np.random.default_rng(0)
+    exact = fs.exact.Mixture([0.5, 0.5], source.normal(size=(2, *shape)), [0.2, 0.3], labels=[0, 1])
+    model = fs.Guided(exact.denoiser(fs.EDM(), "data"), 1.5, {"label": -1})
+    train, held, fresh = _teachers(
+        model, shape, cond=lambda n: {"label": torch.arange(n) % 2}, dtype=dtype, batch=20
+    )
+    starts = _starts(model)
+    learned = learn(train, held, starts, iterations=8)
+    _no_worse(learned, starts, held)
+    best = min(np.median(fresh.errors(run)) for run in starts)
+    assert size
+    assert np.median(fresh.errors(learned.plan)) < 0.7 * best
+    assert learned.plan.about["conditions per evaluation"] == "2"
+
+
+@pytest.mark.parametrize("what", WHAT)
+@pytest.mark.parametrize("name", ["VP", "table"])
+def test_restrictions_keep_what_they_do_not_free(what: str, name: str) -> None:
+    model = MIXTURE.denoiser(*PROCESSES[name])
+    train, held, _ = _teachers(model)
+    starts = [fs.plan("ddim", model, 4)]
+    learned = learn(train, held, starts, what=what, first_step=False, iterations=6)
+    _no_worse(learned, starts, held)
+    base, got = program_of(starts[0]), learned.program
+    assert got is not None
+    moved = not np.array_equal(got.times, base.times)
+    assert moved == (what != "coefficients")
+    assert np.allclose(got.b, base.b) == (what == "labels")
+    if what == "times":
+        assert starts[0].origin is not None
+        again = program_of(starts[0].origin([*got.times, got.end]))
+        assert np.allclose(got.b, again.b, atol=1e-9)
+        assert np.allclose(got.a, again.a, atol=1e-9)
+
+
+def test_nothing_but_the_best_hand_made_plan_without_iterations() -> None:
+    model = MIXTURE.denoiser(fs.VP(), "v")
+    train, held, _ = _teachers(model)
+    starts = _starts(model)
+    learned = learn(train, held, starts, iterations=0, first_step=False)
+    assert learned.plan in starts
+    assert learned.program is None
+    assert learned.iterations == 0
+    best = min((held.errors(run) for run in starts), key=score)
+    assert np.array_equal(learned.errors, best)
+    assert list(learned.start_errors) == ["ipndm_3 on softened", "ddim on softened"]
+
+
+def test_held_out_noises_decide() -> None:
+    """Fitted to the wrong samples, everything is worse on the right ones: hand-made wins."""
+    model = MIXTURE.denoiser(fs.VP(), "v")
+    train, held, _ = _teachers(model)
+    wrong = replace(train, samples=train.samples.flip(0) + 1)
+    starts = _starts(model)
+    learned = learn(wrong, held, starts, iterations=6, first_step=False)
+    assert learned.plan in starts
+
+
+def test_cap_limits_what_rounding_is_multiplied_by() -> None:
+    model = MIXTURE.denoiser(fs.VP(), "v")
+    train, held, _ = _teachers(model)
+    starts = [fs.plan("ddim", model, 4)]
+    free, capped = (
+        learn(train, held, starts, iterations=10, first_step=False, cap=cap) for cap in (100.0, 1.1)
+    )
+    assert free.program is not None
+    assert capped.program is not None
+    limit = 1.1 * program_of(starts[0]).gain
+    assert free.program.gain > limit >= capped.program.gain
+    _no_worse(capped, starts, held)
+
+
+def test_resumed_is_the_same_as_uninterrupted() -> None:
+    model = MIXTURE.denoiser(fs.Flow(), "flow")
+    train, held, _ = _teachers(model)
+    starts = _starts(model)
+
+    class Halt(BaseException):
+        pass
+
+    def stop_at(count: int):
+        def each(progress: Progress) -> None:
+            saved.append(pickle.dumps(progress))
+            if len(saved) == count:
+                raise Halt
+
+        return each
+
+    whole = learn(train, held, starts, iterations=8)
+    saved: list[bytes] = []
+    for count in (3, 12, 30):
+        saved = saved[: count - 1]
+        progress = pickle.loads(saved[-1]) if saved else None
+        with pytest.raises(Halt):
+            learn(train, held, starts, iterations=8, each=stop_at(count), resume=progress)
+    resumed = learn(train, held, starts, iterations=8, resume=pickle.loads(saved[-1]))
+    assert resumed.plan == whole.plan
+    assert resumed.name == whole.name
+    assert resumed.iterations == whole.iterations
+    assert np.array_equal(resumed.errors, whole.errors)
+    # Running the program at hand again is all that an interruption costs.
+    assert whole.evaluations <= resumed.evaluations <= 1.3 * whole.evaluations
+
+
+def test_budgets() -> None:
+    model = Counted(MIXTURE.denoiser(fs.VP(), "v"))
+    train, held, _ = _teachers(model)
+    starts = _starts(model)
+    model.evaluations = 0
+    ticks: list[int] = []
+    learned = learn(
+        train, held, starts, evaluations=20_000, each=lambda p: ticks.append(p.evaluations)
+    )
+    assert 15_000 < learned.evaluations < 30_000  # the iteration at hand is finished
+    assert ticks == sorted(ticks)
+    assert ticks[-1] <= learned.evaluations
+    timed = learn(train, held, starts, budget=0.3)
+    assert timed.seconds < 3
+    _no_worse(timed, starts, held)
+
+
+def test_a_free_first_step_saves_an_evaluation() -> None:
+    """Data of one mode of small spread: from pure noise the network says the mean, no more."""
+    exact = fs.exact.Gaussian([0.5, -0.3, 0.2], [0.05, 0.02, 0.04])
+    model = exact.denoiser(fs.EDM(), "data")
+    train, held, _ = _teachers(model, (3,))
+    assert np.allclose(data_mean(train), [0.5, -0.3, 0.2], atol=1e-3)
+    starts = [fs.plan("ipndm_3", model, 3)]
+    plain, first = (learn(train, held, starts, first_step=f, iterations=12) for f in (False, True))
+    assert first.program is not None
+    assert first.program.first_step
+    assert first.plan.nfe == 3
+    assert np.median(first.errors) < 0.5 * np.median(plain.errors)
+    # Starts may be given with the evaluation that is saved.
+    given = [*starts, fs.plan("ipndm_3", model, 4)]
+    again = learn(train, held, given, iterations=12)
+    assert np.allclose(again.errors, first.errors)
+
+
+def test_recalled_asks_once_per_condition() -> None:
+    exact = MIXTURE.denoiser(fs.EDM(), "data")
+    counted = Counted(exact)
+    model = Recalled(counted, count=2)
+    label = torch.tensor([0, 1, 2, 1, 0, 2])
+    x = torch.randn(6, 2, dtype=torch.float64) * 80
+    run = fs.plan("ddim", model, 3)
+    out = fs.sample(model, solver=run, x=x, cond={"label": label})
+    assert counted.evaluations == 2 * 6 + 2 * 3
+    assert model.evaluations == 6
+    fs.sample(model, solver=run, x=x, cond={"label": label})
+    assert counted.evaluations == 4 * 6 + 2 * 3
+    # At that level a prediction is nearly the mean of the label's data.
+    want = fs.sample(exact, solver=run, x=x, cond={"label": label})
+    assert torch.allclose(out, want, atol=0.1)
+    assert not torch.equal(out, want)
+    one = fs.sample(model, solver=run, x=x[3:4], cond={"label": label[3:4]})
+    assert torch.allclose(one[0], out[3])
+    # States at different positions, as one batch.
+    states = [run.start(x[i : i + 1]) for i in range(2)]
+    states[0] = states[0].advance(
+        model.output(*states[0].query(), run.asked(0), {"label": label[:1]})
+    )
+    batch = fs.batch(states)
+    conds = [{"label": label[i : i + 1]} for i in range(2)]
+    while batch.running:
+        batch = batch.step(model, [c for c, s in zip(conds, batch.states, strict=True)])
+    assert torch.allclose(torch.cat([s.x for s in batch.states]), out[:2])
+    # Learned on it, all but the first evaluation move.
+    train, held, _ = _teachers(exact, cond=lambda n: {"label": torch.arange(n) % 3})
+    train, held = (replace(t, model=model) for t in (train, held))
+    starts = [fs.plan("ipndm_3", model, 4)]
+    learned = learn(train, held, starts, first_step=False, iterations=8)
+    assert learned.program is not None
+    assert learned.program.times[0] == 80
+    assert np.median(learned.errors) < 0.5 * np.median(learned.start_errors["ipndm_3 on softened"])
+
+
+def test_robustness() -> None:
+    exact = MIXTURE.denoiser(fs.VP(), "v")
+    model = fs.Guided(exact, 1.5, {"label": -1})
+    train, held, fresh = _teachers(model, cond=lambda n: {"label": torch.arange(n) % 3})
+    starts = _starts(model)
+    learned = learn(train, held, starts, iterations=8)
+    found = robustness(learned.plan, starts, fresh, scales=[1.0, 3.0])
+    assert found["as it is"].ratio < 0.7
+    assert found["as it is"].errors.shape == (len(fresh),)
+    assert np.median(found["bfloat16"].errors) > np.median(found["float16"].errors)
+    for name, size in (("output noise 2^-8", 2.0**-8), ("output noise 2^-11", 2.0**-11)):
+        gain = np.median(found[name].errors) - np.median(found["as it is"].errors)
+        assert gain < 4 * size * learned.plan.canonical()[1].__abs__().sum()
+    assert {"guidance 1", "guidance 3"} <= found.keys()
+    with pytest.raises(ValueError, match="not Guided"):
+        robustness(learned.plan, starts, replace(fresh, model=exact), scales=[2.0])
+
+
+def test_refusals() -> None:
+    model = MIXTURE.denoiser(fs.VP(), "v")
+    train, held, _ = _teachers(model, count=4)
+    starts = _starts(model)
+    for kwargs, text in (
+        ({"loss": "log2"}, "loss = 'log2'"),
+        ({"what": "time"}, "did you mean 'times'"),
+        ({"jacobian": "backward"}, "jacobian = 'backward'"),
+        ({"probes": 0}, "probes = 0"),
+    ):
+        with pytest.raises(ValueError, match=text):
+            learn(train, held, starts, **kwargs)  # pyright: ignore[reportArgumentType]
+    with pytest.raises(ValueError, match="starts is empty"):
+        learn(train, held, [])
+    with pytest.raises(ValueError, match=r"starts have \[4, 6\] evaluations"):
+        learn(train, held, [*starts, fs.plan("ddim", model, 6)])
+
+
+# What it is for. Bests of all deterministic solvers on all grids, chosen on the fresh noises
+# themselves: (median, root mean square).
+
+_BEST = {
+    ("trained", 5): (0.0232, 0.0268),
+    ("trained", 8): (0.0081, 0.0092),
+    ("digits", 5): (0.0134, 0.136),
+    ("mixture", 5): (0.0165, 0.178),
+}
+
+
+def _model(name: str) -> tuple[fs.Model, tuple[int, ...], int]:
+    if name == "trained":
+        return fs.models.load("digits"), (1, 8, 8), 10
+    if name == "digits":
+        return fs.exact.digits().denoiser(fs.EDM()), (1, 8, 8), 0
+    source = torch.Generator().manual_seed(1)
+    means = torch.randn(32, 16, generator=source, dtype=torch.float64)
+    return fs.exact.Mixture(torch.ones(32) / 32, means, [0.01] * 32).denoiser(fs.EDM()), (16,), 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "nfe"), _BEST)
+def test_quality(name: str, nfe: int) -> None:
+    model, shape, classes = _model(name)
+
+    def of(count: int, first: int) -> Teacher:
+        cond = {"label": torch.arange(first, first + count) % classes} if classes else None
+        return teach(model, shape, count, cond=cond, first=first, nfe=96)
+
+    train, held, fresh = of(256, 0), of(128, 1000), of(512, 2000)
+    solvers = ("ipndm_3", "cflow_pc2", "flow_ipndm_2")
+    starts = [fs.plan(solver, model, nfe) for solver in solvers]
+    learned = learn(train, held, starts, budget=120)
+    median, rms = np.median(fresh.errors(learned.plan)), _rms(fresh.errors(learned.plan))
+    best = _BEST[name, nfe]
+    factor = {"trained": (3.0, 2.2), "digits": (8.0, 1.5), "mixture": (15.0, 1.5)}[name]
+    assert median < best[0] / factor[0]
+    assert rms < best[1] / factor[1]
+    if name == "trained":  # with the first evaluation once per class
+        recalled = Recalled(model)
+        train, held, fresh = (replace(t, model=recalled) for t in (train, held, fresh))
+        starts = [fs.plan(solver, recalled, nfe + 1) for solver in solvers]
+        learned = learn(train, held, starts, budget=60, first_step=False)
+        errors = fresh.errors(learned.plan)
+        assert np.median(errors) < best[0] / 3.8
+        assert _rms(errors) < best[1] / 2.8
+        assert taken(fresh.cond, [0], len(fresh))["label"].tolist() == [0]
