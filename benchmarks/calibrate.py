@@ -25,7 +25,7 @@ import sys
 import time
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,8 +34,8 @@ import torch
 
 import fewstep as fs
 from fewstep._calibrate._calibrate import METHODS, candidate, found_in, screened
-from fewstep._calibrate._learn import learn
-from fewstep._calibrate._teacher import Teacher, cycled, run_plan, shared_errors, taken, teach
+from fewstep._calibrate._recipe import as_it_is, called
+from fewstep._calibrate._teacher import cycled, run_plan, shared_errors, taken
 
 CACHE = Path(__file__).parent / ".cache" / "calibrate"
 NFES = (4, 5, 6, 8, 10)
@@ -49,23 +49,22 @@ KINDS = {
     "times": "times only (LD3)",
     "coefficients": "coefficients only (S4S)",
     "learned": "learned plan",
+    "recalled": "learned, first evaluation once per class",
 }
 
 
 def build(name: str) -> tuple[fs.Denoiser, tuple[int, ...], dict[str, Any]]:
     """A model, the shape of a sample, and its conditions."""
     if name == "mixture":
-        rng = np.random.default_rng(0)
-        means = rng.normal(size=(8, 16)) * 2.0
-        variances = rng.uniform(0.05, 0.4, size=(8, 16)) ** 2
-        model = fs.exact.Mixture(np.full(8, 1 / 8), means, list(variances))
+        means = np.random.default_rng(1).normal(size=(32, 16))
+        model = fs.exact.Mixture(np.full(32, 1 / 32), means, [0.01] * 32)
         return model.denoiser(fs.EDM()), (16,), {}
     if name == "exact digits":
         return fs.exact.digits().denoiser(fs.EDM()), (1, 8, 8), {}
     return fs.models.load("digits"), (1, 8, 8), {"label": torch.arange(10)}
 
 
-def teachers(name: str, quick: bool) -> tuple[fs.Denoiser, tuple[int, ...], Any, list[Teacher]]:
+def teachers(name: str, quick: bool) -> tuple[fs.Denoiser, tuple[int, ...], Any, list[fs.Teacher]]:
     """Training, held-out and test noises; the last with a finer converged solution."""
     model, shape, cond = build(name)
     sizes = tuple(n // 4 for n in NOISES) if quick else NOISES
@@ -73,7 +72,7 @@ def teachers(name: str, quick: bool) -> tuple[fs.Denoiser, tuple[int, ...], Any,
     for count, nfe in zip(sizes, (None, None, 400), strict=True):
         here = cycled(cond, first + count)
         here = taken(here, slice(first, None), first + count)
-        out.append(teach(model, shape, count, cond=here, first=first, nfe=nfe))
+        out.append(fs.teach(model, shape, count, cond=here, first=first, nfe=nfe))
         first += count
     return model, shape, cond, out
 
@@ -96,10 +95,9 @@ def solvers_as_they_are(name: str, nfe: int, quick: bool) -> list[dict]:
     chosen = [i for found in best.values() for i in found[:3]]
     errors = dict(zip(chosen, shared_errors(test, [plans[i] for i in chosen]), strict=True))
     out = []
-    for solver, found in best.items():
+    for found in best.values():
         i = min(found[:3], key=lambda k: float(np.median(errors[k])))
-        label = f"{solver} on {names[i][1]}" + (" to min" if names[i][2] == "min" else "")
-        out.append(row(label, "solver", errors[i], 0, 0.0))
+        out.append(row(called(*names[i]), "solver", errors[i], 0, 0.0))
     return sorted(out, key=lambda r: r["median"])
 
 
@@ -114,15 +112,32 @@ def fitted(name: str, nfe: int, quick: bool) -> list[dict]:
     model, shape, cond, (train, held, test) = teachers(name, quick)
     parts = folder(name, nfe, quick)
     sizes = (len(train), len(held), 2)
-    fs.calibrate(model, shape, nfe, cond=cond, noises=sizes, resume=parts, progress=False)
-    solvers = found_in(parts, f"solver-{nfe}")
+    how = "reverse" if name == "trained digits" else "differences"
+    fs.calibrate(
+        model,
+        shape,
+        nfe,
+        cond=cond,
+        noises=sizes,
+        jacobian=how,
+        candidates=300,
+        resume=parts,
+        progress=False,
+    )
+    starts = [as_it_is(model, nfe, f.name) for f in found_in(parts, f"solver-{nfe}")[:4]]
     found = [f for method in METHODS for f in found_in(parts, f"{method}-{nfe}")]
     out = [row(f.name, f.kind, test.errors(f.plan), f.evaluations, f.seconds) for f in found]
-    for kind in ("times", "coefficients"):
-        what = "times and labels" if kind == "times" else kind
-        made = learn(train, held, [f.plan for f in solvers[:4]], what=what)
+    for kind, what in (("times", "times and labels"), ("coefficients", "coefficients")):
+        made = fs.learn(train, held, starts, what=what, jacobian=how, first_step=False)
         spent = made.evaluations, made.seconds
         out.append(row(made.name, kind, test.errors(made.plan), *spent))
+    if cond:
+        model = fs.Recalled(model)
+        few, other, fresh = (replace(t, model=model) for t in (train, held, test))
+        more = [fs.plan(s, model, nfe + 1) for s in ("ipndm_3", "flow_ipndm_2", "cflow_pc2")]
+        made = fs.learn(few, other, more, jacobian=how, first_step=False)
+        spent = made.evaluations, made.seconds
+        out.append(row(made.name, "recalled", fresh.errors(made.plan), *spent))
     return out
 
 
@@ -134,8 +149,8 @@ def distribution(name: str, nfe: int, quick: bool) -> dict[str, float]:
     count = 200 if quick else 2000
     labels = cycled(cond, count)
     converged = [
-        teach(model, shape, count, cond=labels, first=1 << 16, nfe=96),
-        teach(model, shape, count, cond=labels, first=1 << 17, nfe=96),
+        fs.teach(model, shape, count, cond=labels, first=1 << 16, nfe=96),
+        fs.teach(model, shape, count, cond=labels, first=1 << 17, nfe=96),
     ]
     parts = folder(name, nfe, quick)
     plans = {
@@ -217,7 +232,9 @@ def page(
         out += ["", f"## {name[0].upper() + name[1:]}", ""]
         head = ["", *(f"NFE {n}" for n in nfes)]
         lines = []
-        for kind, label in KINDS.items():
+        kinds = [k for k in KINDS if k != "recalled" or name == "trained digits"]
+        for kind in kinds:
+            label = KINDS[kind]
             cells, factors = [], []
             for n in nfes:
                 best = best_of(results, name, n, kind)
@@ -230,7 +247,7 @@ def page(
         out.append(table(head, lines))
         out += ["", "What the best solver was, and what fitting cost:", ""]
         lines = []
-        for kind in KINDS:
+        for kind in kinds:
             best = [best_of(results, name, n, kind) for n in nfes]
             if kind == "solver":
                 lines.append([KINDS[kind], *(b["name"] for b in best)])
@@ -286,9 +303,20 @@ def draw(results: Results, names: Sequence[str], nfes: Sequence[int], path: Path
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(4.6 * len(names), 4.6), layout="constrained")
-    colours = ("#777777", "#1b9e77", "#7570b3", "#e6ab02", "#66a61e", "#1f78b4", "#d95f02")
+    colours = [
+        "#777777",
+        "#1b9e77",
+        "#7570b3",
+        "#e6ab02",
+        "#66a61e",
+        "#1f78b4",
+        "#d95f02",
+        "#a6006a",
+    ]
     for axes, name in zip(np.ravel(figure.subplots(1, len(names))), names, strict=True):
         for (kind, label), colour in zip(KINDS.items(), colours, strict=True):
+            if kind == "recalled" and name != "trained digits":
+                continue
             best = [best_of(results, name, n, kind) for n in nfes]
             axes.plot(nfes, [b["median"] for b in best], "o-", color=colour, label=label)
             low, high = ([b[end] for b in best] for end in ("low", "high"))

@@ -21,7 +21,9 @@ from ._calibrate._compensate import Cascade, Compensation, compensated, fit_rati
 from ._calibrate._diagnose import Diagnosis, Hypothesis, diagnose
 from ._calibrate._ems import EMS
 from ._calibrate._learn import Learned, learn
+from ._calibrate._recalled import Recalled
 from ._calibrate._recipe import Candidate, Recipe
+from ._calibrate._robustness import Robustness, robustness
 from ._calibrate._schedule import Choice, Schedule, schedule_of
 from ._calibrate._search import Searched, search
 from ._calibrate._statistics import estimate_ems
@@ -135,8 +137,10 @@ __all__ = [
     "Plan",
     "Prediction",
     "Process",
+    "Recalled",
     "Recipe",
     "Record",
+    "Robustness",
     "Row",
     "Schedule",
     "Searched",
@@ -213,6 +217,7 @@ __all__ = [
     "restart",
     "restore",
     "reversible_heun",
+    "robustness",
     "runge_kutta",
     "sa_solver",
     "sample",

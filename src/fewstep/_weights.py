@@ -177,6 +177,8 @@ def _difference(form: str, variable: str, a: _Point, b: _Point, base: float) -> 
         # exp(-da) - exp(-db), the form that is exact for da near db
         return np.exp(-db) * np.expm1(db - da)
     if form == "data":
+        if np.any(np.isinf(da)) or np.isinf(db):  # alpha = 0: nothing is near
+            return np.exp(da) - np.exp(db)
         return np.exp(db) * np.expm1(da - db)
     # flow: tau = 1 / (1 + exp(lam)); v: phi = atan(exp(-lam)). Where alpha = 0, lam = -inf, nothing
     # is near and the plain difference is exact; elsewhere it is not.

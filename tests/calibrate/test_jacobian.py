@@ -86,7 +86,7 @@ def test_modes_agree(process, predicts, shape, blind: bool) -> None:
     weights = np.linspace(0.5, 2.0, len(x))
     timed = free < program.nfe
     for mode in MODES:
-        machine = Machine(model, mode, probes=400 if mode == "reverse" else 1)
+        machine = Machine(model, mode, probes=150 if mode == "reverse" else 1)
         walk = machine.run(program, x, cond)
         residual = walk.result - target
         want = np.einsum("pnd,nd->np", J, residual.flatten(1).numpy())
@@ -101,7 +101,7 @@ def test_modes_agree(process, predicts, shape, blind: bool) -> None:
         assert off[:, timed].max() < (2e-3 if loose else 1e-6)
         root = np.sqrt(np.diag(gram)) + 1e-12
         error = np.abs(got.gram - gram) / np.outer(root, root)
-        assert error.max() < {"reverse": 0.3, "forward": 2e-3 if blind else 1e-6,
+        assert error.max() < {"reverse": 0.5, "forward": 2e-3 if blind else 1e-6,
                               "differences": 4e-3}[mode]  # fmt: skip
         assert (got.gradients > 0) == (mode != "differences")
 

@@ -27,12 +27,12 @@ MIXTURE = fs.exact.Mixture(
 )
 
 
-def _teachers(model: fs.Model, shape=(2,), count=32, cond=None, **kwargs) -> list[Teacher]:
+def _teachers(model: fs.Model, shape=(2,), count=24, cond=None, **kwargs) -> list[Teacher]:
     """To fit, to choose, and fresh."""
     out = []
     for n, first in ((count, 0), (count, 1000), (4 * count, 2000)):
         its = None if cond is None else cond(n)
-        out.append(teach(model, shape, n, cond=its, first=first, nfe=64, **kwargs))
+        out.append(teach(model, shape, n, cond=its, first=first, nfe=48, **kwargs))
     return out
 
 
@@ -68,7 +68,7 @@ def test_any_process(name: str, tmp_path) -> None:
     model = MIXTURE.denoiser(*PROCESSES[name])
     train, held, fresh = _teachers(model)
     starts = _starts(model)
-    learned = learn(train, held, starts, iterations=12)
+    learned = learn(train, held, starts, iterations=8)
     _no_worse(learned, starts, held)
     best = min(np.median(fresh.errors(run)) for run in starts)
     assert np.median(fresh.errors(learned.plan)) < 0.5 * best
@@ -117,7 +117,7 @@ def test_other_jacobians(jacobian: str) -> None:
 
         model = fs.Denoiser(remote, fs.VP(), "v")
         train, held, fresh = (replace(t, model=model) for t in (train, held, fresh))
-    learned = learn(train, held, starts, jacobian=jacobian, iterations=8, first_step=False)
+    learned = learn(train, held, starts, jacobian=jacobian, iterations=5, first_step=False)
     _no_worse(learned, starts, held)
     best = min(np.median(fresh.errors(run)) for run in starts)
     assert np.median(fresh.errors(learned.plan)) < 0.6 * best
@@ -249,21 +249,24 @@ def test_budgets() -> None:
 
 
 def test_a_free_first_step_saves_an_evaluation() -> None:
-    """Data of one mode of small spread: from pure noise the network says the mean, no more."""
+    """From pure noise the network says the mean of the data, no more: with that evaluation spent
+    elsewhere, a start is better before anything is fitted."""
     exact = fs.exact.Gaussian([0.5, -0.3, 0.2], [0.05, 0.02, 0.04])
     model = exact.denoiser(fs.EDM(), "data")
     train, held, _ = _teachers(model, (3,))
     assert np.allclose(data_mean(train), [0.5, -0.3, 0.2], atol=1e-3)
     starts = [fs.plan("ipndm_3", model, 3)]
-    plain, first = (learn(train, held, starts, first_step=f, iterations=12) for f in (False, True))
-    assert first.program is not None
-    assert first.program.first_step
-    assert first.plan.nfe == 3
-    assert np.median(first.errors) < 0.5 * np.median(plain.errors)
+    learned = learn(train, held, starts, iterations=1)
+    plain, first = learned.progress.fits[:2]
+    assert first.first_step
+    assert not plain.first_step
+    assert first.history[0][1] < plain.history[0][1] - 1  # median and root mean square, in logs
+    assert learned.program is not None
+    assert learned.program.first_step
+    assert learned.plan.nfe == 3
     # Starts may be given with the evaluation that is saved.
-    given = [*starts, fs.plan("ipndm_3", model, 4)]
-    again = learn(train, held, given, iterations=12)
-    assert np.allclose(again.errors, first.errors)
+    again = learn(train, held, [*starts, fs.plan("ipndm_3", model, 4)], iterations=1)
+    assert np.allclose(again.errors, learned.errors)
 
 
 def test_recalled_asks_once_per_condition() -> None:
@@ -373,7 +376,7 @@ def test_quality(name: str, nfe: int) -> None:
     train, held, fresh = of(256, 0), of(128, 1000), of(512, 2000)
     solvers = ("ipndm_3", "cflow_pc2", "flow_ipndm_2")
     starts = [fs.plan(solver, model, nfe) for solver in solvers]
-    learned = learn(train, held, starts, budget=120)
+    learned = learn(train, held, starts, budget=120 if name == "digits" else 60)
     median, rms = np.median(fresh.errors(learned.plan)), _rms(fresh.errors(learned.plan))
     best = _BEST[name, nfe]
     factor = {"trained": (3.0, 2.2), "digits": (8.0, 1.5), "mixture": (15.0, 1.5)}[name]

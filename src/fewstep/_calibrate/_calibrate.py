@@ -33,7 +33,8 @@ from ._compensate import fit_ratios
 from ._ems import EMS
 from ._fingerprint import fingerprint, guidance_of, network_of
 from ._learn import learn
-from ._recipe import Candidate, Recipe
+from ._recipe import Candidate, Recipe, as_it_is, called
+from ._robustness import robustness
 from ._search import search
 from ._statistics import estimate_ems
 from ._teacher import Counted, Teacher, cycled, shared_errors, taken, teach
@@ -94,7 +95,7 @@ class _Store:
         if note.exists() and note.read_text() != self.job:
             raise ValueError(
                 f"resume = {str(self.folder)!r} holds the parts of another calibration (another "
-                "network, guidance, shape, conditions, noises or seed); give an empty folder"
+                "network, guidance, shape, conditions, noises, seed or setting); give another one"
             )
         write(note, self.job.encode())
 
@@ -242,7 +243,16 @@ def calibrate(
     pool = cycled(cond or {}, total)
     device = model.device if device is None else torch.device(device)
     known = fingerprint(model, shape, pool, total)
-    job_text = _described(model, shape, known, pool, noises, seed, dtype, data)
+    reduced = _reduction(reduction, shape)
+    settings = {
+        "jacobian": jacobian,
+        "reduction": reduced,
+        "derivative": derivative,
+        "screen": screen,
+        "candidates": candidates,
+        "batch": batch,
+    }
+    job_text = _described(model, shape, known, pool, noises, seed, dtype, data, settings)
     store = _Store(None if resume is None else Path(resume), job_text)
     counted = Counted(model)
     units = 1 + len(counts) * (1 + len(methods))
@@ -262,7 +272,7 @@ def calibrate(
             store,
             seed,
             jacobian,
-            _reduction(reduction, shape),
+            reduced,
             derivative,
             screen,
             candidates,
@@ -293,10 +303,13 @@ def calibrate(
         statistics = _kept_statistics(job, methods)
         plans: dict[int, Plan] = {}
         lines: list[Candidate] = []
+        robust: dict[str, dict[str, float]] = {}
         for count in counts:
             chosen, reported = _compared(job, count, found[count])
-            plans[count] = chosen
+            plans[count] = chosen.plan
             lines += reported
+            if chosen.kind != "solver":
+                robust[str(count)] = _robust(job, chosen, found[count])
     teacher_said = (
         f"converged samples: {teacher.nfe} evaluations each, median distance to twice as many "
         f"steps {teacher.error:.2g}"
@@ -309,6 +322,7 @@ def calibrate(
         "evaluations": counted.evaluations,
         "seconds": time.monotonic() - began,
         "skipped": job.skipped,
+        "robust": robust,
         "fewstep": __version__,
         "torch": str(torch.__version__),
     }
@@ -392,6 +406,7 @@ def _described(
     seed: int,
     dtype: torch.dtype,
     data: Tensor | None,
+    settings: Mapping[str, Any],
 ) -> str:
     """What parts of a calibration depend on, as text."""
     digest = hashlib.sha256(np.ascontiguousarray(known["values"]).tobytes())
@@ -417,6 +432,7 @@ def _described(
         "noises": noises,
         "seed": seed,
         "dtype": str(dtype),
+        **settings,
         "network, conditions and data": digest.hexdigest(),
     }
     return json.dumps(body, indent=1)
@@ -517,8 +533,7 @@ def _solvers(job: _Job, nfe: int) -> Iterator[_Found]:
         exact = shared_errors(job.held, [plans[i] for i in order])
         ranked = sorted(range(len(order)), key=lambda k: score(exact[k]))[:8]
     for k in ranked:
-        solver, grid, final = names[order[k]]
-        label = f"{solver} on {grid}" + (" to min" if final == "min" else "")
+        label = called(*names[order[k]])
         yield _Found(label, "solver", plans[order[k]], int(spent[0]), spent[1])
 
 
@@ -529,7 +544,7 @@ def _learned(
         made = learn(
             job.train,
             job.held,
-            _diverse(found),
+            _diverse(job, nfe, found),
             jacobian=job.jacobian,
             budget=budget,
             seed=job.seed,
@@ -537,7 +552,7 @@ def _learned(
     yield _Found(made.name, "learned", made.plan, int(spent[0]), spent[1])
 
 
-def _diverse(found: Sequence[_Found], count: int = 4) -> list[Plan]:
+def _diverse(job: _Job, nfe: int, found: Sequence[_Found], count: int = 4) -> list[Plan]:
     """The best hand-made plans, no two of the same solver or on the same grid while that lasts."""
     solver = [f for f in found if f.kind == "solver"]
     out: list[_Found] = []
@@ -546,7 +561,8 @@ def _diverse(found: Sequence[_Found], count: int = 4) -> list[Plan]:
             used = {part for g in out for part in g.name.split(" on ")}
             if f not in out and not (wanted and used & set(f.name.split(" on "))):
                 out.append(f)
-    return [f.plan for f in out[:count]]
+    # Compiled again: what was read from a file does not know what it was compiled from.
+    return [as_it_is(job.model, nfe, f.name) for f in out[:count]]
 
 
 def _compensated(
@@ -684,7 +700,14 @@ def candidate(nfe: int, name: str, kind: str, test: Array, held: Array, **more: 
     )
 
 
-def _compared(job: _Job, nfe: int, found: Sequence[_Found]) -> tuple[Plan, list[Candidate]]:
+def _robust(job: _Job, chosen: _Found, found: Sequence[_Found]) -> dict[str, float]:
+    """Median error of the plan over that of the best solver as it is, where answers are rounded."""
+    plain = {f.name: f.plan for f in found if f.kind == "solver"}
+    seen = robustness(chosen.plan, plain, job.test[:64], seed=job.seed)
+    return {name: r.ratio for name, r in seen.items()}
+
+
+def _compared(job: _Job, nfe: int, found: Sequence[_Found]) -> tuple[_Found, list[Candidate]]:
     """The plan to keep, and the report."""
     held = [job.held.errors(f.plan) for f in found]
     test = [job.test.errors(f.plan) for f in found]
@@ -709,4 +732,4 @@ def _compared(job: _Job, nfe: int, found: Sequence[_Found]) -> tuple[Plan, list[
         )
         for i, f in enumerate(found)
     ]
-    return found[best].plan, lines
+    return found[best], lines

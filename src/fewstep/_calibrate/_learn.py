@@ -61,6 +61,9 @@ _SMALL, _PATIENCE = 1e-3, 4
 _MEMORY = 0.5
 #: Iterations after which the worse half of the fits is given up; noises of the first round.
 _ROUNDS, _PILOT, _FINALISTS = (5, 12), 96, 2
+#: Fits from near the best with what a budget leaves: at most so many, so many in a row to no use,
+#: and how near, relative (lambda: absolute).
+_SHAKES, _USELESS, _SHAKE = 20, 4, 0.03
 #: Iterations of the last fit, with another loss, and the share of the budget kept for it.
 _POLISH, _RESERVE = 12, 0.8
 
@@ -569,8 +572,40 @@ class _Learner:
         # The best first: with a budget, the others have what it leaves.
         for fit in alive if self.budget is None else sorted(fits, key=_rank):
             self._iterate(fit, self.most, self.train)
+        self._shake(fits)
         self._polish(fits)
         return self._learned()
+
+    def _shake(self, fits: list[Fit]) -> None:
+        """What is left of a budget goes into fits from near the best: where the basins of the data
+        are sharp, fits end at many places, and the best of them is worth looking around."""
+        if (self.budget is None and self.allowed is None) or self.what != "all":
+            return
+        useless = 0
+        for count in range(_SHAKES):
+            best = min(fits, key=lambda fit: fit.best_score)
+            if best.best is None or useless >= _USELESS or self._spent(best):
+                return
+            name = f"{best.name.split(_SHAKEN)[0]}{_SHAKEN}{count + 1}"
+            if any(fit.name == name for fit in fits):
+                continue
+            fit = self._again(best, name)
+            z = np.random.default_rng([self.seed, count]).standard_normal(len(fit.at))
+            fit.at = self._clipped(fit, fit.at + _SHAKE * z * np.where(self._timed(fit), 1, fit.at))
+            fits.append(fit)
+            self.progress.fits.append(fit)
+            self._iterate(fit, self.most, self.train)
+            useless = 0 if fit.best_score < best.best_score - 0.01 else useless + 1
+
+    def _again(self, best: Fit, name: str, **changes: Any) -> Fit:
+        """A new fit from the best program of another."""
+        assert best.best is not None
+        fit = replace(
+            best, name=name, base=best.best, best=None, best_score=math.inf, done=False, quiet=0,
+            iterations=0, history=[], matrix=None, damping=_DAMPING, **changes,
+        )  # fmt: skip
+        fit.at = best.at.copy() if best.origin is not None else self._first(fit)
+        return fit
 
     def _polish(self, fits: list[Fit]) -> None:
         """From the best, a few steps with another loss; with integer times, of the rows alone."""
@@ -582,13 +617,7 @@ class _Learner:
                 return
             loss = "root" if self.loss == "log" else "log"
             what = "coefficients" if self.model.rounds and self.what == "all" else self.what
-            base = best.best
-            fit = replace(
-                best, name=best.name + _POLISHED, loss=loss, what=what, base=base, best=None,
-                best_score=math.inf, done=False, quiet=0, iterations=0, history=[], matrix=None,
-                damping=_DAMPING,
-            )  # fmt: skip
-            fit.at = best.at if best.origin is not None else self._first(fit)
+            fit = self._again(best, best.name + _POLISHED, loss=loss, what=what)
             polished = [fit]
             progress.fits.append(fit)
         for fit in polished:
@@ -612,7 +641,7 @@ class _Learner:
         )  # fmt: skip
 
 
-_POLISHED = ", polished"
+_POLISHED, _SHAKEN = ", polished", ", shaken "
 
 
 def _rank(fit: Fit) -> float:

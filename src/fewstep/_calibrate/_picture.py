@@ -9,8 +9,7 @@ from typing import Any
 import numpy as np
 
 from .._denoiser import Model
-from .._sampling import plan
-from ._recipe import Candidate, Recipe
+from ._recipe import Candidate, Recipe, as_it_is
 from ._teacher import cycled, teach
 
 __all__ = ["draw"]
@@ -30,6 +29,8 @@ _LABELS = {
     "learned": "learned plan",
 }
 _COLUMNS = 8
+#: How differences from the converged samples are shown.
+_MAGNIFIED = 5
 
 
 def draw(
@@ -46,8 +47,8 @@ def draw(
     except ImportError as error:
         raise ImportError('draw needs matplotlib: pip install "fewstep[plot]".') from error
     images = model is not None and len(recipe.shape) == 3 and recipe.shape[0] in (1, 3)
-    rows = 1 + 2 * len(recipe.nfes) if images else 0
-    size = (13, max(4.6, 0.62 * rows + 0.6)) if images else (6.4, 4.6)
+    rows = 1 + 4 * len(recipe.nfes)
+    size = (12, max(4.6, 0.55 * rows + 0.6)) if images else (6.4, 4.6)
     figure = Figure(figsize=size, layout="constrained")
     places = figure.add_gridspec(1, 2 if images else 1)
     _errors(figure.add_subplot(places[0]), recipe)
@@ -92,19 +93,22 @@ def _samples(
     teacher = teach(model, recipe.shape, _COLUMNS, cond=here, first=1 << 20)
     lines = [("converged", teacher.samples)]
     for n in recipe.nfes:
-        solver, _, grid = recipe.best_uncalibrated(n).name.partition(" on ")
-        final = "min" if grid.endswith(" to min") else "zero"
-        plain = plan(solver, model, n, grid=grid.removesuffix(" to min"), final=final)
-        lines.append((f"{n}: {solver}", teacher.run(plain)))
-        lines.append((f"{n}: recipe", teacher.run(recipe.plans[n])))
+        name = recipe.best_uncalibrated(n).name
+        plain = as_it_is(model, n, name)
+        for label, run in ((name.partition(" on ")[0], plain), ("recipe", recipe.plans[n])):
+            x = teacher.run(run)
+            lines += [(f"{n}: {label}", x), (f"off, {_MAGNIFIED}-fold", x - teacher.samples)]
     low, high = data_range
     gap = 1
     channels, height, width = recipe.shape
     canvas = np.full(
         (len(lines) * (height + gap) + gap, _COLUMNS * (width + gap) + gap, channels), 0.2
     )
-    for i, (_, x) in enumerate(lines):
-        for j, picture in enumerate(((x.float().cpu().numpy() - low) / (high - low)).clip(0, 1)):
+    for i, (name, x) in enumerate(lines):
+        shown = (x.float().cpu().numpy() - low) / (high - low)
+        if name.startswith("off"):
+            shown = 0.5 + _MAGNIFIED * x.float().cpu().numpy() / (high - low)
+        for j, picture in enumerate(shown.clip(0, 1)):
             top, side = i * (height + gap) + gap, j * (width + gap) + gap
             canvas[top : top + height, side : side + width] = picture.transpose(1, 2, 0)
     axes.imshow(canvas.squeeze(-1) if channels == 1 else canvas, cmap="gray", vmin=0, vmax=1)
@@ -112,6 +116,6 @@ def _samples(
     centres = [(i + 0.5) * (height + gap) for i in range(len(lines))]
     axes.set_yticks(centres, [name for name, _ in lines], fontsize=8)
     axes.tick_params(length=0)
-    axes.set_title("the same noises: converged, solver as it is, recipe", fontsize=10)
+    axes.set_title("the same noises: converged, best solver as it is, recipe", fontsize=10)
     for spine in axes.spines.values():
         spine.set_visible(False)

@@ -31,11 +31,11 @@ from .._denoiser import Model
 from .._files import _parsed, plan_from_bytes, plan_to_bytes, read, to_bytes, write
 from .._plan import Call, Plan, Row
 from .._process import Level
-from .._sampling import PlanSource, check_match
+from .._sampling import PlanSource, check_match, plan
 from ._ems import EMS
 from ._fingerprint import differs, same_guidance
 
-__all__ = ["Candidate", "Recipe", "moved"]
+__all__ = ["Candidate", "Recipe", "as_it_is", "called", "moved"]
 
 _FORMAT = "fewstep.recipe.1"
 
@@ -199,6 +199,10 @@ class Recipe(PlanSource):
                     f"{c.low:8.3g} - {c.high:8.3g} {c.rms:8.3g} {c.p90:8.3g} "
                     f"{c.evaluations:12,} {c.seconds:8.1f}"
                 )
+            robust = info.get("robust", {}).get(str(nfe), {})
+            if robust:
+                said = ", ".join(f"{name} {ratio:.2f}" for name, ratio in robust.items())
+                yield f"  median error over that of the best solver as it is: {said}"
         yield ""
         if info.get("skipped"):
             yield f"not tried, for lack of time: {', '.join(info['skipped'])}"
@@ -239,6 +243,18 @@ class Recipe(PlanSource):
         force: use it whatever the network, guidance and process; it then warns."""
         recipe: Recipe = read(path, recipe_from_bytes)
         return recipe.force() if force else recipe
+
+
+def called(solver: str, grid: str, final: str) -> str:
+    """The name of a solver as it is, in reports."""
+    return f"{solver} on {grid}" + (" to min" if final == "min" else "")
+
+
+def as_it_is(model: Model, nfe: int, name: str) -> Plan:
+    """The plan of a solver as it is, from its name in a report."""
+    solver, _, grid = name.partition(" on ")
+    final = "min" if grid.endswith(" to min") else "zero"
+    return plan(solver, model, nfe, grid=grid.removesuffix(" to min"), final=final)
 
 
 def _put(tensors: dict[str, Tensor], plain: dict[str, Any], name: str, value: Any) -> None:
