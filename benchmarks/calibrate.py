@@ -11,9 +11,11 @@ are, the best grid and end are chosen on these very noises, which favours them.
 Learned samplers that are published are restrictions of one program here, fitted by the same
 optimiser from the same starts: times only (LD3, arXiv 2405.15506, with its decoupled network
 times), coefficients only (S4S, arXiv 2502.17423), one ratio per step (DC-Solver, arXiv 2409.03755).
+"First evaluation once per class" is a plan of one evaluation more on `fewstep.Recalled`, which
+remembers the answer to the first one: four evaluations per class instead of one per sample.
 
-Parts are kept in benchmarks/.cache/calibrate; delete it to redo. Deterministic but for the seconds.
-Two processes with one torch thread each.
+Plans are learned for as many seconds as BUDGET says, on one core. Parts are kept in
+benchmarks/.cache/calibrate; delete it to redo. Two processes with one torch thread each.
 """
 
 from __future__ import annotations
@@ -33,14 +35,21 @@ import numpy as np
 import torch
 
 import fewstep as fs
-from fewstep._calibrate._calibrate import METHODS, candidate, found_in, screened
-from fewstep._calibrate._recipe import as_it_is, called
+from fewstep._calibrate._calibrate import METHODS, candidate, found_in, score, screened
+from fewstep._calibrate._recipe import called
 from fewstep._calibrate._teacher import cycled, run_plan, shared_errors, taken
 
 CACHE = Path(__file__).parent / ".cache" / "calibrate"
 NFES = (4, 5, 6, 8, 10)
-NOISES = (256, 128, 512)
+#: For fits, for the choice, for the report; and seconds of learning on one core.
+NOISES = {
+    "mixture": (256, 128, 512),
+    "exact digits": (256, 128, 512),
+    "trained digits": (512, 128, 512),
+}
+BUDGET = {"mixture": 60.0, "exact digits": 120.0, "trained digits": 55.0}
 MODELS = ("mixture", "exact digits", "trained digits")
+OTHERS = tuple(m for m in METHODS if m != "learned")
 KINDS = {
     "solver": "best solver as it is",
     "compensated": "one ratio per step (DC-Solver)",
@@ -67,13 +76,12 @@ def build(name: str) -> tuple[fs.Denoiser, tuple[int, ...], dict[str, Any]]:
 def teachers(name: str, quick: bool) -> tuple[fs.Denoiser, tuple[int, ...], Any, list[fs.Teacher]]:
     """Training, held-out and test noises; the last with a finer converged solution."""
     model, shape, cond = build(name)
-    sizes = tuple(n // 4 for n in NOISES) if quick else NOISES
-    first, out = 0, []
-    for count, nfe in zip(sizes, (None, None, 400), strict=True):
-        here = cycled(cond, first + count)
-        here = taken(here, slice(first, None), first + count)
+    places = zip(NOISES[name], (10_000, 256, 384), (None, None, 400), strict=True)
+    out = []
+    for count, first, nfe in places:
+        count = count // 8 if quick else count
+        here = taken(cycled(cond, first + count), slice(first, None), first + count)
         out.append(fs.teach(model, shape, count, cond=here, first=first, nfe=nfe))
-        first += count
     return model, shape, cond, out
 
 
@@ -109,33 +117,53 @@ def folder(name: str, nfe: int, quick: bool) -> Path:
 def fitted(name: str, nfe: int, quick: bool) -> list[dict]:
     """What calibration finds, and restrictions of its program that are published samplers."""
     torch.set_num_threads(1)
-    model, shape, cond, (train, held, test) = teachers(name, quick)
+    model, shape, cond, (_, held, test) = teachers(name, quick)
     parts = folder(name, nfe, quick)
-    sizes = (len(train), len(held), 2)
-    how = "reverse" if name == "trained digits" else "differences"
+    sizes = (2 * len(held), len(held), 2)  # noises 0 to 384: the others are the test's
     fs.calibrate(
         model,
         shape,
         nfe,
         cond=cond,
+        methods=OTHERS,
         noises=sizes,
-        jacobian=how,
         candidates=300,
         resume=parts,
         progress=False,
     )
-    starts = [as_it_is(model, nfe, f.name) for f in found_in(parts, f"solver-{nfe}")[:4]]
-    found = [f for method in METHODS for f in found_in(parts, f"{method}-{nfe}")]
-    out = [row(f.name, f.kind, test.errors(f.plan), f.evaluations, f.seconds) for f in found]
+    found = [f for method in OTHERS for f in found_in(parts, f"{method}-{nfe}")]
+    return [row(f.name, f.kind, test.errors(f.plan), f.evaluations, f.seconds) for f in found]
+
+
+def learned(name: str, nfe: int, quick: bool) -> list[dict]:
+    """Learned plans, and restrictions of their program that are published samplers."""
+    torch.set_num_threads(1)
+    model, _, cond, (train, held, test) = teachers(name, quick)
+    # Network calls only where they are cheap: exact models have no autograd through their time.
+    how = "reverse" if name == "trained digits" else "differences"
+    budget = 10.0 if quick else BUDGET[name]
+    plans, names = screened(model, nfe)
+    order = np.argsort([score(e) for e in shared_errors(held, plans)], kind="stable")
+    # The best of every solver, four of them.
+    starts = {names[i][0]: plans[i] for i in order[::-1]}
+    ranked = list(dict.fromkeys(names[i][0] for i in order))[:4]
+    hand = [starts[solver] for solver in ranked]
+    out = []
     for kind, what in (("times", "times and labels"), ("coefficients", "coefficients")):
-        made = fs.learn(train, held, starts, what=what, jacobian=how, first_step=False)
+        made = fs.learn(train, held, hand, what=what, jacobian=how, first_step=False)
         spent = made.evaluations, made.seconds
         out.append(row(made.name, kind, test.errors(made.plan), *spent))
+    made = fs.learn(train, held, hand, jacobian=how, budget=budget)
+    spent = made.evaluations, made.seconds
+    out.append(row(made.name, "learned", test.errors(made.plan), *spent))
+    path = folder(name, nfe, quick) / "learned.safetensors"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    made.plan.save(path)
     if cond:
         model = fs.Recalled(model)
         few, other, fresh = (replace(t, model=model) for t in (train, held, test))
         more = [fs.plan(s, model, nfe + 1) for s in ("ipndm_3", "flow_ipndm_2", "cflow_pc2")]
-        made = fs.learn(few, other, more, jacobian=how, first_step=False)
+        made = fs.learn(few, other, more, jacobian=how, first_step=False, budget=budget)
         spent = made.evaluations, made.seconds
         out.append(row(made.name, "recalled", fresh.errors(made.plan), *spent))
     return out
@@ -155,7 +183,7 @@ def distribution(name: str, nfe: int, quick: bool) -> dict[str, float]:
     parts = folder(name, nfe, quick)
     plans = {
         "solver": found_in(parts, f"solver-{nfe}")[0].plan,
-        "learned": found_in(parts, f"learned-{nfe}")[0].plan,
+        "learned": fs.Plan.load(parts / "learned.safetensors"),
     }
     here, there = converged
     data = None
@@ -181,7 +209,12 @@ def sliced(x: torch.Tensor, y: torch.Tensor, directions: int = 512) -> float:
     return float((a - b).square().mean().sqrt())
 
 
-PARTS = {"solvers": solvers_as_they_are, "fitted": fitted, "distribution": distribution}
+PARTS = {
+    "solvers": solvers_as_they_are,
+    "fitted": fitted,
+    "learned": learned,
+    "distribution": distribution,
+}
 
 
 def part(job: tuple[str, str, int, bool]) -> tuple[tuple[str, str, int], Any]:
@@ -222,7 +255,8 @@ def page(
         "# What calibration gains",
         "",
         "Made by `python benchmarks/calibrate.py`, which says how. Errors are distances to the "
-        "converged sample from the same noise, over fresh noises: median / root mean square. Below "
+        "converged sample from the same noise, over fresh noises: median / root mean square (of "
+        "solvers as they are, the best of each). Below "
         "a method: the factor by which its median is smaller than that of the best solver as it "
         "is.",
         "",
@@ -293,9 +327,13 @@ def page(
 
 
 def best_of(results: Results, name: str, nfe: int, kind: str) -> dict:
-    """The line of a kind with the least median."""
-    rows = results["solvers" if kind == "solver" else "fitted", name, nfe]
-    return min((r for r in rows if r["kind"] == kind), key=lambda r: r["median"])
+    """The line of a kind with the least median; of solvers as they are, with the least root mean
+    square of any of them."""
+    part = "solvers" if kind == "solver" else "fitted" if kind in OTHERS else "learned"
+    rows = results[part, name, nfe]
+    rows = [r for r in rows if r["kind"] == kind]
+    best = min(rows, key=lambda r: r["median"])
+    return {**best, "rms": min(r["rms"] for r in rows)} if kind == "solver" else best
 
 
 def draw(results: Results, names: Sequence[str], nfes: Sequence[int], path: Path) -> None:
@@ -345,7 +383,7 @@ def main() -> None:
     order = [(name, n) for name in reversed(MODELS) if name in chosen.models for n in nfes]
     results: Results = {}
     with ProcessPoolExecutor(chosen.jobs) as pool:
-        for kinds in (("fitted", "solvers"), ("distribution",)):
+        for kinds in (("learned", "fitted", "solvers"), ("distribution",)):
             jobs = [(kind, name, n, chosen.quick) for name, n in order for kind in kinds]
             results.update(pool.map(part, jobs))
     text = page(results, chosen.models, nfes)

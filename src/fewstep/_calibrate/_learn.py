@@ -608,20 +608,22 @@ class _Learner:
         return fit
 
     def _polish(self, fits: list[Fit]) -> None:
-        """From the best, a few steps with another loss; with integer times, of the rows alone."""
+        """From the best, a few steps with other losses, which weigh the worst samples more; with
+        integer times, of the rows alone."""
         progress = self.progress
-        polished = [fit for fit in progress.fits if fit.name.endswith(_POLISHED)]
-        if not polished and self.most:
-            best = min(fits, key=lambda fit: fit.best_score)
-            if best.best is None:
-                return
-            loss = "root" if self.loss == "log" else "log"
-            what = "coefficients" if self.model.rounds and self.what == "all" else self.what
-            fit = self._again(best, best.name + _POLISHED, loss=loss, what=what)
-            polished = [fit]
-            progress.fits.append(fit)
-        for fit in polished:
-            self._iterate(fit, min(_POLISH, self.most), self.train)
+        what = "coefficients" if self.model.rounds and self.what == "all" else self.what
+        for loss in ("root", "l1") if self.loss == "log" else ("log",):
+            end = f", {loss}{_POLISHED}"
+            polished = next((fit for fit in progress.fits if fit.name.endswith(end)), None)
+            if polished is None and self.most:
+                best = min(progress.fits, key=lambda fit: fit.best_score)
+                if best.best is None:
+                    return
+                name = best.name.removesuffix(f", root{_POLISHED}") + end
+                polished = self._again(best, name, loss=loss, what=what)
+                progress.fits.append(polished)
+            if polished is not None:
+                self._iterate(polished, min(_POLISH, self.most), self.train)
 
     def _learned(self) -> Learned:
         progress = self.progress
@@ -641,7 +643,7 @@ class _Learner:
         )  # fmt: skip
 
 
-_POLISHED, _SHAKEN = ", polished", ", shaken "
+_POLISHED, _SHAKEN = " polished", ", shaken "
 
 
 def _rank(fit: Fit) -> float:
