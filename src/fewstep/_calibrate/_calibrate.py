@@ -44,6 +44,9 @@ __all__ = ["METHODS", "calibrate", "candidate", "found_in", "screened"]
 #: What can be tried beside the solvers as they are, in the order in which it is.
 METHODS = ("learned", "compensated", "statistics", "search")
 
+#: How a budget is shared among them.
+_SHARES = {"learned": 6.0, "compensated": 0.5, "statistics": 2.0, "search": 2.0}
+
 #: The solvers that come first or second, on some grid, on the models of benchmarks/calibrate.py at
 #: 4 to 10 evaluations, and what users have today.
 _SOLVERS = (
@@ -161,6 +164,7 @@ class _Job:
     data: Tensor | None
     say: Callable[[str], None]
     skipped: list[str] = field(default_factory=list)
+    ems: EMS | None = None
 
     def left(self) -> float | None:
         """Seconds left, None without a budget."""
@@ -285,22 +289,24 @@ def calibrate(
             bar.set_description(f"NFE {count}: solvers")
             found[count] = store.found(f"solver-{count}", lambda c=count: _solvers(job, c))
             bar.update()
-        for method in [m for m in METHODS if m in methods]:
-            for i, count in enumerate(counts):
-                bar.set_description(f"NFE {count}: {method}")
-                left = job.left()
-                if left is not None and left <= 0:
-                    job.skipped.append(f"{method} at NFE {count}")
-                else:
-                    share = None if left is None else left / (len(counts) - i)
-                    # A part that a budget cut short is not kept: a later call may do better.
-                    keep = store if share is None else _Store(None, "")
-                    found[count] += keep.found(
-                        f"{method}-{count}",
-                        lambda m=method, c=count, s=share: _FITS[m](job, c, found[c], s),
-                    )
-                bar.update()
-        statistics = _kept_statistics(job, methods)
+        todo = [(m, c) for m in METHODS if m in methods for c in counts]
+        for i, (method, count) in enumerate(todo):
+            bar.set_description(f"NFE {count}: {method}")
+            left, share = job.left(), None
+            if left is not None:
+                share = left * _SHARES[method] / sum(_SHARES[m] for m, _ in todo[i:])
+            if left == 0:
+                job.skipped.append(f"{method} at NFE {count}")
+            else:
+                # A part that a budget cut short is not kept: a later call may do better.
+                keep = store if share is None else _Store(None, "")
+                found[count] += keep.found(
+                    f"{method}-{count}",
+                    lambda m=method, c=count, s=share: _FITS[m](job, c, found[c], s),
+                )
+            bar.update()
+        if any(f.kind == "statistics" for f in found[counts[-1]]):
+            _statistics(job)  # from the folder, where plans were
         plans: dict[int, Plan] = {}
         lines: list[Candidate] = []
         robust: dict[str, dict[str, float]] = {}
@@ -334,7 +340,7 @@ def calibrate(
         guidance_of(model),
         shape,
         known,
-        statistics,
+        job.ems,
         info,
     )
 
@@ -610,14 +616,10 @@ def _statistics(job: _Job) -> EMS:
     clean = job.train.samples if job.data is None else job.data
     count = min(len(clean), _STATISTICS_SAMPLES) if job.data is None else len(clean)
     cond = job.train.cond if job.data is None else cycled(job.train.cond, count)
-    tensors, _ = job.store.part("statistics", make)
-    return EMS.from_bytes(tensors["ems"].numpy().tobytes())
-
-
-def _kept_statistics(job: _Job, methods: Sequence[str]) -> EMS | None:
-    if "statistics" not in methods or any(s.startswith("statistics") for s in job.skipped):
-        return None
-    return _statistics(job)
+    if job.ems is None:
+        tensors, _ = job.store.part("statistics", make)
+        job.ems = EMS.from_bytes(tensors["ems"].numpy().tobytes())
+    return job.ems
 
 
 def _with_statistics(

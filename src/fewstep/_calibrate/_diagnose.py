@@ -65,6 +65,8 @@ _SLIGHT = 0.02
 _BETTER, _CONVINCING = 0.95, 0.6
 #: Elements that one score is averaged over, at least: more samples where samples are small.
 _ELEMENTS = 1024
+#: How much worse a usual reading of rescaled data may fit than an unusual one of the data as given.
+_OCCAM = 1.4
 #: Worse than this times the best, and surely so, is asked no more: after the first round, later.
 _BEHIND = (1.5, 1.2)
 #: Doublings of the number of samples while different denoisers fit alike.
@@ -258,11 +260,23 @@ def diagnose(
     plain = experiment((1.0, 0.0), count)
     found = plain.rank(hypotheses(plain.std))
     hint, scaling, rescaled = "", None, math.inf
+    ours = processes is predictions is times is None  # the names are those of `_usual`
+    odd = ours and found.certain and not _usual(found.best.names)
     # A network that never answered will not answer rescaled data.
     for a, b in _scalings(x) if rescale and not found.table[0].failure else ():
         other = experiment((a, b), min(count, max(8, _ELEMENTS // 2 // elements)))
         convincing = found.certain and found.score < _CONVINCING
         tried = hypotheses(other.std)
+        if odd:  # wrongly scaled data, read by a convention that nobody uses, can fit well
+            best = other.rank([h for h in tried if _usual(h.names)])
+            if best.fits and best.score < min(rescaled, _OCCAM * found.score):
+                rescaled, scaling = best.score, (a, b)
+                hint = (
+                    f"That is an unusual combination. Are the data scaled as in training? {a:.4g} "
+                    f"data {'-' if b < 0 else '+'} {abs(b):.4g} fits a usual one: score "
+                    f"{best.score:.3g}, {best.best}."
+                )
+            continue
         if convincing:  # the same inputs, but for edm's sigma_data
             tried = [h for h in tried if h.names[::2] == found.best.names[::2]]
         best = other.rank(tried)
@@ -661,6 +675,21 @@ def _clean(data: Any) -> Tensor:
     if float(x.std(correction=0)) == 0:
         raise ValueError("data does not vary: all elements of all samples are equal")
     return x
+
+
+def _usual(names: tuple[str, str, str]) -> bool:
+    """Whether networks like this are common: of the default hypotheses, by their names."""
+    process, predicts, told = names
+    if process in ("EDM", "VE"):
+        clocks = ("sigma", "rho", "log(rho)", "log(rho) / 4", "t")
+        kinds = ("edm", "data", "noise", "score")
+    elif process == "flow":
+        clocks = ("t", "1000 t", "1 - t", "1000 (1 - t)")
+        kinds = ("flow", "-flow", "data", "noise", "v")
+    else:
+        clocks = ("t", "1000 t", "its integers", "its integers as floats")
+        kinds = ("data", "noise", "v", "score")
+    return told in clocks and predicts.startswith(kinds)
 
 
 def _scalings(x: Tensor) -> list[tuple[float, float]]:
