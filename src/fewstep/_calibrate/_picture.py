@@ -55,6 +55,8 @@ def draw(
     if images:
         assert model is not None
         _samples(figure.add_subplot(places[1]), recipe, model, cond or {}, data_range)
+    # Beside the curves, never on them.
+    figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
     figure.savefig(path, dpi=110)
 
 
@@ -76,7 +78,6 @@ def _errors(axes: Any, recipe: Recipe) -> None:
     axes.set_xlabel("network evaluations (NFE)")
     axes.set_ylabel("median distance to the converged sample")
     axes.grid(which="both", alpha=0.25)
-    axes.legend(fontsize=9)
     axes.set_title("fresh noises; bands: 95 % of the median", fontsize=10)
 
 
