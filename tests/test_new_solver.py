@@ -110,6 +110,7 @@ def test_a_wrong_one_fails(tmp_path, weight, order):
     assert "test_measured_order_is_the_declared_one[toy" in text
 
 
+@pytest.mark.slow
 def test_a_stochastic_one_gets_every_check(tmp_path):
     code, text = check(tmp_path, weight=0.5, order=2, toy=NOISY)
     assert code == 0, text[-3000:]
@@ -121,7 +122,7 @@ def test_a_stochastic_one_gets_every_check(tmp_path):
 @pytest.mark.parametrize(
     ("weight", "clock", "test"),
     [
-        (0.4, PLACES, "test_weak_order"),
+        pytest.param(0.4, PLACES, "test_weak_order", marks=pytest.mark.slow),
         pytest.param(0.5, "(0.0, h)", "test_strong_order", marks=pytest.mark.slow),
     ],
 )

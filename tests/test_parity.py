@@ -170,6 +170,7 @@ def test_final_states(name, record_property):
     assert reached[1] >= expected[1], f"covers fewer cases than {expected}: {summary}"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ADAPTIVE)
 def test_adaptive_steps(name, record_property):
     """The same final states by the same attempts, accepted and rejected, where official code takes
@@ -234,6 +235,7 @@ NAMED = [
 ]
 
 
+@pytest.mark.slow
 def test_names_stand_for_what_was_compared(record_property):
     """`fewstep.plan` of the name is the official run on its step boundaries, in all its rows."""
     found, tried = Counter(), Counter()

@@ -242,6 +242,7 @@ def alternating_error(solver: fs.Solver, n: int) -> float:
     return float((out - walk(fine, Exact(process), x)[0]).abs().max())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", ["noise", "flow"])
 def test_reversible_heun_is_second_order_on_any_grid_though_its_states_are_not(form):
     heun = [alternating_error(reversible_heun(form), n) for n in (80, 160, 320)]
