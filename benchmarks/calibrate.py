@@ -35,7 +35,8 @@ import numpy as np
 import torch
 
 import fewstep as fs
-from fewstep._calibrate._calibrate import METHODS, candidate, found_in, score, screened
+from fewstep._calibrate._calibrate import METHODS, candidate, found_in, screened
+from fewstep._calibrate._learn import score
 from fewstep._calibrate._recipe import called
 from fewstep._calibrate._teacher import cycled, run_plan, shared_errors, taken
 

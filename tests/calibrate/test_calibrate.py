@@ -8,13 +8,22 @@ import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
 import fewstep as fs
-from fewstep._calibrate._calibrate import METHODS, calibrate, candidate, screened
+from fewstep._calibrate._calibrate import (
+    METHODS,
+    _compared,
+    _described,
+    calibrate,
+    candidate,
+    screened,
+)
+from fewstep._calibrate._learn import score
 from fewstep._calibrate._recipe import Recipe
 from fewstep._calibrate._teacher import cycled
 
@@ -154,6 +163,35 @@ def test_a_budget_leaves_out_what_does_not_fit_and_says_so():
     assert made.chosen(4).kind == "solver"
     assert "no calibrated plan is better" in str(made)
     assert "not tried" in str(made)
+
+
+def test_a_lower_median_does_not_buy_a_larger_root_mean_square():
+    errors = {
+        "solver": np.array([1.0, 1.0, 1.0, 1.0]),
+        "tail": np.array([0.01, 0.01, 0.01, 2.5]),
+        "both": np.array([0.9, 0.9, 0.9, 0.9]),
+    }
+    noises = SimpleNamespace(errors=errors.get)
+    job = SimpleNamespace(held=noises, test=noises)
+    kinds = {"solver": "solver", "tail": "learned", "both": "search"}
+    found = [SimpleNamespace(name=k, kind=v, plan=k, evaluations=1, seconds=1.0)
+             for k, v in kinds.items()]  # fmt: skip
+    assert score(errors["tail"]) < score(errors["both"]) < score(errors["solver"])
+    chosen, lines = _compared(job, 4, found)
+    assert chosen.plan == "both"
+    assert [c.chosen for c in lines] == [False, False, True]
+    assert _compared(job, 4, found[:2])[0].plan == "solver"
+
+
+def test_parts_belong_to_their_conditions_to_the_last_number():
+    model, z = mixture(), torch.zeros(5000)
+    z[2500] = 1.0
+    settings = ((3,), {"values": np.zeros(2)}), (SIZES, 0, torch.float32, None, {})
+    same, other = ({"text": [torch.zeros(5000), v]} for v in (torch.zeros(5000), z))
+    (shape, known), rest = settings
+    assert _described(model, shape, known, same, *rest) != _described(
+        model, shape, known, other, *rest
+    )
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import time
@@ -32,11 +31,11 @@ from .._version import __version__
 from ._compensate import fit_ratios
 from ._ems import EMS
 from ._fingerprint import fingerprint, guidance_of, network_of
-from ._learn import learn
+from ._learn import learn, score
 from ._recipe import Candidate, Recipe, as_it_is, called
 from ._robustness import robustness
 from ._search import search
-from ._statistics import estimate_ems
+from ._statistics import digest, estimate_ems
 from ._teacher import Counted, Teacher, cycled, shared_errors, taken, teach
 
 __all__ = ["METHODS", "calibrate", "candidate", "found_in", "screened"]
@@ -47,8 +46,8 @@ METHODS = ("learned", "compensated", "statistics", "search")
 #: How a budget is shared among them.
 _SHARES = {"learned": 6.0, "compensated": 0.5, "statistics": 2.0, "search": 2.0}
 
-#: The solvers that come first or second, on some grid, on the models of benchmarks/calibrate.py at
-#: 4 to 10 evaluations, and what users have today.
+#: Few, so that large networks can afford them: good below ten evaluations on the problems of
+#: benchmarks/defaults.py, or what users have today. screen = "all" tries every one.
 _SOLVERS = (
     "ddim",
     "dpmpp_2m",
@@ -415,21 +414,6 @@ def _described(
     settings: Mapping[str, Any],
 ) -> str:
     """What parts of a calibration depend on, as text."""
-    digest = hashlib.sha256(np.ascontiguousarray(known["values"]).tobytes())
-
-    def add(value: Any) -> None:
-        if isinstance(value, Mapping):
-            for k, v in sorted(value.items()):
-                digest.update(str(k).encode())
-                add(v)
-        elif isinstance(value, Tensor):
-            digest.update(value.detach().double().cpu().numpy().tobytes())
-        else:
-            digest.update(repr(value).encode())
-
-    add(cond)
-    if data is not None:
-        add(data)
     body = {
         "process": repr(model.process),
         "prediction": model.prediction.name,
@@ -439,7 +423,7 @@ def _described(
         "seed": seed,
         "dtype": str(dtype),
         **settings,
-        "network, conditions and data": digest.hexdigest(),
+        "network, conditions and data": digest(known["values"], cond, data),
     }
     return json.dumps(body, indent=1)
 
@@ -520,11 +504,6 @@ def _numbers(run: Plan) -> list[Array]:
             parts += [np.array(list(terms), dtype=float)]
             parts += [np.asarray(c, dtype=float) for c in terms.values()]
     return parts
-
-
-def score(errors: Array) -> float:
-    """What is small when both the usual and the worst sample are good: sqrt(median rms)."""
-    return math.sqrt(float(np.median(errors)) * math.sqrt(float(np.square(errors).mean())))
 
 
 def _solvers(job: _Job, nfe: int) -> Iterator[_Found]:

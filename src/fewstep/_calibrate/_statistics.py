@@ -50,7 +50,7 @@ from ._ems import EMS, lam_grid, shared
 from ._fingerprint import network_of
 from ._teacher import taken
 
-__all__ = ["estimate_ems"]
+__all__ = ["digest", "estimate_ems"]
 
 _FORMAT = "fewstep.ems.part.1"
 #: The noise of the states has this bit of its seed turned: samples that a user drew with the same
@@ -400,7 +400,7 @@ def _chain(model: Model) -> list[Model]:
     return out
 
 
-def _digest(*parts: Any) -> str:
+def digest(*parts: Any) -> str:
     """Of numbers, strings, arrays, tensors and nestings of them."""
     total = hashlib.blake2b(digest_size=16)
 
@@ -504,16 +504,16 @@ class _Work:
         job, data = self.job, self.data
         parts = _chain(self.model)
         network = network_of(self.model)
-        weights = _digest(network.state_dict()) if isinstance(network, torch.nn.Module) else ""
+        weights = digest(network.state_dict()) if isinstance(network, torch.nn.Module) else ""
         guidance = [
-            (p.scale, p.interval, p.rescale, _digest(p.uncond))
+            (p.scale, p.interval, p.rescale, digest(p.uncond))
             for p in parts
             if isinstance(p, Guided)
         ]
         if isinstance(data, _Generated):
-            content = _digest("generated", sorted(data.options.items(), key=str))
+            content = digest("generated", sorted(data.options.items(), key=str))
         else:
-            content = _digest(data if isinstance(data, Tensor) else data(0, 1))
+            content = digest(data if isinstance(data, Tensor) else data(0, 1))
         step = "" if job.forward else f", step {self.step:.2g}"
         return {
             "version": _FORMAT,
@@ -523,8 +523,8 @@ class _Work:
             "process": repr(self.model.process),
             "predicts": self.model.prediction.name,
             "data": content,
-            "cond": _digest(self.cond),
-            "levels": _digest(job.lam, job.scalars),
+            "cond": digest(self.cond),
+            "levels": digest(job.lam, job.scalars),
             "samples": str(job.count),
             "shape": repr(job.shape),
             "dtype": str(job.dtype),
@@ -840,7 +840,7 @@ class _Store:
     def __init__(self, path: Path | None, rank: int, work: _Work, seed: int) -> None:
         self.path, self.rank, self.chunks = path, rank, work.chunks
         self.about = work.describe(seed)
-        self._digest = _digest(self.about)
+        self._digest = digest(self.about)
         n = len(work.job.lam)
         self.tables = (np.zeros((n, *work.size)), np.zeros((n, 2, *work.size)))
         self.done = np.zeros((2, n), dtype=np.int64)
