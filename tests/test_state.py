@@ -245,3 +245,35 @@ def test_killed_while_saving(tmp_path):
 def test_killed_while_saving_often(tmp_path):
     for attempt in range(1, 11):
         killed_while_saving(tmp_path, attempt)
+
+
+def _edited_run(plan: Plan, how: str, delta: torch.Tensor) -> tuple[torch.Tensor, float]:
+    """The end of a run on constant data, with an edit in its middle, and the scale there."""
+    torch.manual_seed(0)
+    state, sigma = plan.start(torch.randn(2, 3, dtype=torch.float64) * plan.prior_std), 1.0
+    while not state.done:
+        if state.nfe == 3 and how:
+            sigma = state.level.sigma
+            state = getattr(state, how)(state.x + delta)
+        state = state.advance(torch.ones(2, 3, dtype=torch.float64))
+    return state.x, plan.levels[-1].sigma / sigma
+
+
+@pytest.mark.parametrize("solver", [s for s in SOLVERS if not fs.solvers[s].stochastic])
+def test_an_edit_stays_in_the_run(solver):
+    """On constant data an edit is a change of the noise, and only scales with sigma."""
+    plan = fs.plan(solver, fs.CosineVP(), 6, final="min")
+    if not all(row.exact for row in plan.rows) or plan.basis is not None:
+        return
+    delta = torch.tensor([[0.1, -0.2, 0.0], [0.3, 0.0, 0.5]], dtype=torch.float64)
+    plain, _ = _edited_run(plan, "", delta)
+    moved, scale = _edited_run(plan, "edited", delta)
+    torch.testing.assert_close(moved - plain, scale * delta, rtol=1e-9, atol=1e-11)
+
+
+def test_replacing_one_state_loses_an_edit_where_a_corrector_goes_back():
+    plan = fs.plan("unipc_2", fs.CosineVP(), 6, final="min")
+    delta = torch.full((2, 3), 0.1, dtype=torch.float64)
+    plain, _ = _edited_run(plan, "", delta)
+    lost, scale = _edited_run(plan, "replaced", delta)
+    assert (lost - plain).abs().max() < 0.5 * scale * 0.1

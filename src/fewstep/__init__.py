@@ -10,6 +10,8 @@
 answers are known, `fs.models` the bundled networks.
 """
 
+from typing import Any
+
 from . import exact, models
 from ._adaptive import AdaptiveResult, sample_adaptive
 from ._analysis import ErrorConstant, Orders, Stability
@@ -250,3 +252,20 @@ __all__ = [
     "walk",
     "weights",
 ]
+
+#: Public modules that need an extra, loaded when they are first asked for.
+_EXTRAS = ("deepinv", "diffusers", "k_diffusion")
+
+
+def __getattr__(name: str) -> Any:
+    import importlib
+
+    if name in _EXTRAS:
+        return importlib.import_module(f"{__name__}.{name}")
+    if name == "Scheduler":  # pipelines look for it here when they load one that they saved
+        return importlib.import_module(f"{__name__}.diffusers").Scheduler
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_EXTRAS])

@@ -738,6 +738,27 @@ class State:
         states = {**self.states, self.index: new}
         return State(self.plan, self.index, states, self.outputs, self.noise, self.draws)
 
+    def edited(self, x: Tensor) -> State:
+        """This state with an edit of `x` that the rest of the run keeps: a mask, a callback.
+
+        `replaced` changes one state only, and a row that goes back to an older one (a corrector, a
+        last stage) loses the edit. Here the states X[j] that later rows still need move with it
+        along the noise, X[j] += sigma_j / sigma_i (x - X[i]). A row that reproduces constant noise
+        exactly then moves by the edit, scaled to its own level; where a row only goes on from X[i],
+        this is `replaced`."""
+        check_output(x, self.x)
+        sigma = self.level.sigma
+        if len(self.states) == 1 or not np.all(np.asarray(sigma) > 0):
+            return self.replaced(x)
+        new = self.plan._modes(x.to(self.x.dtype), self.level.alpha)
+        change = new - self.states[self.index]
+        states = {
+            j: combine([(1.0, v), (self.plan.levels[j].sigma / sigma, change)], v.dtype)
+            for j, v in self.states.items()
+        }
+        states[self.index] = new
+        return State(self.plan, self.index, states, self.outputs, self.noise, self.draws)
+
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, State):
             return NotImplemented
