@@ -348,7 +348,8 @@ def moved(run: Plan, model: Model) -> Plan:
     for made, row in enumerate(run.rows, run.given):
         a = {j: c * scale[made] / scale[j] for j, c in row.a.items()}
         b = {j: c * scale[made] for j, c in row.b.items()}
-        rows.append(Row(a, b, row.order, row.exact, row.e, row.c * scale[made]))
+        e = {m: c * scale[made] for m, c in row.e.items()}
+        rows.append(Row(a, b, row.order, row.exact, e, row.c * scale[made]))
     return replace(
         run,
         levels=levels,
@@ -356,5 +357,6 @@ def moved(run: Plan, model: Model) -> Plan:
         calls=tuple(call(k) for k in range(len(levels))),
         integer_times=model.rounds and prediction.time == "t",
         prior_std=run.prior_std * scale[0],
+        draws=tuple(replace(z, start=there(z.start), end=there(z.end)) for z in run.draws),
         origin=None,
     )
