@@ -30,8 +30,10 @@ from ._calibrate._schedule import Choice, Schedule, schedule_of
 from ._calibrate._search import Searched, search
 from ._calibrate._statistics import estimate_ems
 from ._calibrate._teacher import Teacher, teach
+from ._checkpoints import load_checkpoint
 from ._cld import CLD, CLDPlan, CLDStep, sample_cld
 from ._compiled import Compiled, compiled
+from ._convert import convert_checkpoint
 from ._denoiser import Denoiser, Guided, Model
 from ._gddim import Blurring, dissipation
 from ._grid_search import CostGrid, dmn, gits
@@ -48,6 +50,7 @@ from ._langevin import (
 )
 from ._mean_reverting import Centred, MeanReverting, restore
 from ._noise import BrownianPath, Draw, Noise, Source, start_noise
+from ._ode import ProbabilityFlow, probability_flow
 from ._on_path import on_path
 from ._pfgm import PFGM
 from ._plan import Call, Hook, Plan, Row, State
@@ -138,6 +141,7 @@ __all__ = [
     "PhiTable",
     "Plan",
     "Prediction",
+    "ProbabilityFlow",
     "Process",
     "Recalled",
     "Recipe",
@@ -177,6 +181,7 @@ __all__ = [
     "compensated",
     "compiled",
     "convert",
+    "convert_checkpoint",
     "denoising_gibbs",
     "diagnose",
     "dissipation",
@@ -205,6 +210,7 @@ __all__ = [
     "karras",
     "langevin",
     "learn",
+    "load_checkpoint",
     "models",
     "node_lists",
     "noise_in_steps",
@@ -215,6 +221,7 @@ __all__ = [
     "power",
     "predictions",
     "predictor_corrector",
+    "probability_flow",
     "replaced",
     "restart",
     "restore",

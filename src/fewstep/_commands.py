@@ -1,4 +1,4 @@
-"""The commands: sample, calibrate, plan, solvers, models."""
+"""The commands: sample, calibrate, plan, solvers, models. generate and convert have own modules."""
 
 from __future__ import annotations
 
@@ -523,3 +523,9 @@ def _write_grid(images: np.ndarray, out: Path, columns: int) -> None:
         y, x = i // columns * high + gap, i % columns * wide + gap
         canvas[y : y + height * zoom, x : x + width * zoom] = picture
     Image.fromarray(canvas.squeeze(2) if channels == 1 else canvas).save(out)
+
+
+from . import _generate_command  # noqa: E402, F401  (it uses what is above, and adds itself)
+from ._convert import convert_command  # noqa: E402
+
+app.command("convert")(convert_command)
