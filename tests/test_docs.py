@@ -10,6 +10,7 @@ import pytest
 import fewstep as fs
 
 ROOT = Path(__file__).resolve().parents[1]
+DOCUMENTS = ("README.md", "CONTRIBUTING.md", "docs/generate.md", "docs/integrations.md")
 
 
 def blocks(name: str, language: str) -> list[str]:
@@ -19,9 +20,12 @@ def blocks(name: str, language: str) -> list[str]:
 
 @pytest.mark.parametrize(
     ("name", "block"),
-    [(n, b) for n in ("README.md", "CONTRIBUTING.md") for b in blocks(n, "python")],
+    [(n, b) for n in DOCUMENTS for b in blocks(n, "python")],
 )
+@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
 def test_python_blocks_run(name, block, tmp_path, monkeypatch, capsys):
+    if "import deepinv" in block:
+        pytest.importorskip("deepinv")
     monkeypatch.chdir(tmp_path)
     before = dict(fs.solvers._entries)
     try:

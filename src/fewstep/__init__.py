@@ -36,6 +36,7 @@ from ._compiled import Compiled, compiled
 from ._convert import convert_checkpoint
 from ._denoiser import Denoiser, Guided, Model
 from ._gddim import Blurring, dissipation
+from ._generate import generate
 from ._grid_search import CostGrid, dmn, gits
 from ._grid_tables import NodeList, node_lists
 from ._grids import Grid, arctan, beta, grids, karras, power, replaced, shifted, softened, tabulated
@@ -201,6 +202,7 @@ __all__ = [
     "flow_grpo",
     "gammas",
     "gaussian",
+    "generate",
     "ghvb",
     "gits",
     "grids",
