@@ -330,13 +330,36 @@ def test_import_brings_nothing_unasked():
     code = (
         "import sys, time, torch; t = time.perf_counter(); import fewstep; "
         "print(time.perf_counter() - t); "
-        "print([m for m in ('scipy', 'matplotlib', 'diffusers', 'PIL', 'rich', 'typer', 'sklearn',"
-        " 'pandas', 'skimage') if m in sys.modules])"
+        "print([m for m in ('scipy', 'matplotlib', 'diffusers', 'transformers', 'k_diffusion',"
+        " 'deepinv', 'ray', 'torchdiffeq', 'PIL', 'rich', 'typer', 'sklearn', 'pandas', 'skimage')"
+        " if m in sys.modules])"
     )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     seconds, modules = out.stdout.split("\n")[:2]
     assert modules == "[]"
     assert float(seconds) < 5.0  # a few tenths in truth; the bound only catches a new heavy import
+
+
+def test_without_an_extra_one_sentence_says_what_to_install():
+    code = (
+        "import sys, fewstep as fs\n"
+        "for m in ('diffusers', 'deepinv', 'k_diffusion', 'ray', 'PIL'): sys.modules[m] = None\n"
+        "fs.k_diffusion, fs.deepinv  # need nothing\n"
+        "model = fs.models.load('digits')\n"
+        "def job(**more):\n"
+        "    fs.generate(model, 1, 'x', shape=(1, 8, 8), nfe=1, cond={'label': [1]}, **more)\n"
+        "for call in (lambda: fs.diffusers, lambda: fs.Scheduler, lambda: job(ray=1),\n"
+        "             lambda: job(format='png', pixels=(-1, 1))):\n"
+        "    try: call()\n"
+        "    except ImportError as error: print(str(error).splitlines()[-1])\n"
+    )
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert out.stdout.splitlines() == [
+        'fewstep.diffusers needs diffusers: pip install "fewstep[diffusers]"',
+        'fewstep.diffusers needs diffusers: pip install "fewstep[diffusers]"',
+        'ray needs Ray Data: pip install "fewstep[ray]"',
+        'pictures need Pillow: pip install "fewstep[cli]"',
+    ]
 
 
 @functools.cache
