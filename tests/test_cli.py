@@ -72,7 +72,9 @@ def test_lists():
     assert call("--version")[1] == f"fewstep {fs.__version__}\n"
 
 
-@pytest.mark.parametrize("command", ["", "sample", "generate", "calibrate", "convert", "plan", "solvers", "models"])
+@pytest.mark.parametrize(
+    "command", ["", "sample", "generate", "calibrate", "convert", "plan", "solvers", "models"]
+)
 def test_help(command):
     result = CliRunner().invoke(app, [*command.split(), "--help"], env={"COLUMNS": "100"})
     assert result.exit_code == 0

@@ -165,7 +165,7 @@ def test_spacings_are_those_of_diffusers(kind, name, nfe):
 def test_every_config_converges_to_the_exact_solution(name, grid, solver):
     mine = Scheduler.from_config(CONFIGS[name], solver=solver, grid=grid)
     errors = []
-    for nfe in (8, 64):
+    for nfe in (8, 100):
         mine.set_timesteps(nfe)
         first, end = mine.plan.levels[0], mine.plan.levels[-1]
         x = start(mine) * mine.init_noise_sigma
@@ -179,7 +179,7 @@ def test_every_config_converges_to_the_exact_solution(name, grid, solver):
         assert torch.isfinite(sample).all()
     # A wrong reading leaves an error that stays. Orders are measured elsewhere: spacings of configs
     # with one giant last step do not show them yet.
-    assert errors[1] < max(0.6 * errors[0], 1e-5)
+    assert errors[1] < max(0.7 * errors[0], 1e-5), errors
 
 
 def test_dynamic_shift_is_applied_once():
@@ -425,7 +425,13 @@ def test_a_recipe_travels_inside(tmp_path):
     known = described(CONFIGS["sd"])
     model = fs.Denoiser(Batched(known), known.process, known.prediction)
     recipe = fs.calibrate(
-        model, shape=(1, 4, 4), nfe=4, noises=(8, 8, 8), methods=["learned"], progress=False
+        model,
+        shape=(1, 4, 4),
+        nfe=4,
+        noises=(8, 8, 8),
+        methods=["learned"],
+        first_step=False,
+        progress=False,
     )
     mine = Scheduler.from_config(CONFIGS["sd"], recipe=recipe)
     assert mine.config.solver is None

@@ -155,6 +155,7 @@ class _Job:
     store: _Store
     seed: int
     jacobian: str
+    first_step: bool
     reduction: str
     derivative: str
     screen: str
@@ -188,6 +189,7 @@ def calibrate(
     methods: Sequence[str] = METHODS,
     noises: tuple[int, int, int] = (256, 128, 256),
     jacobian: str = "reverse",
+    first_step: bool = True,
     reduction: str | None = None,
     derivative: str = "auto",
     data: Tensor | None = None,
@@ -219,6 +221,8 @@ def calibrate(
     noises: for fits, for the choice, for the report.
     jacobian: of learned plans: "reverse", "forward", or "differences" (network calls only: for
         compiled, quantised, half-precision or remote networks).
+    first_step: whether learned plans may begin with a free step, from the mean of the data. Not
+        where a host hands its noise straight to the network.
     reduction: of statistics: "element", "channel" or "scalar"; None: per element up to 4,096.
     derivative: of statistics: "forward", "difference" (network calls only), or "auto": forward, or
         differences where the network has no forward-mode derivative. The report says which.
@@ -249,6 +253,7 @@ def calibrate(
     reduced = _reduction(reduction, shape)
     settings = {
         "jacobian": jacobian,
+        "first_step": first_step,
         "reduction": reduced,
         "derivative": derivative,
         "screen": screen,
@@ -275,6 +280,7 @@ def calibrate(
             store,
             seed,
             jacobian,
+            first_step,
             reduced,
             derivative,
             screen,
@@ -531,6 +537,7 @@ def _learned(
             job.held,
             _diverse(job, nfe, found),
             jacobian=job.jacobian,
+            first_step=job.first_step,
             budget=budget,
             seed=job.seed,
         )

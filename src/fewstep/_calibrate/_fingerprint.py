@@ -29,6 +29,8 @@ _VALUES = 2048
 _SAME_PARAMETERS = 0.003
 #: Of answers, where the network's own rounding to bfloat16 is amplified.
 _SAME_ANSWERS = 0.03
+#: What is said of every guidance; a model may say more of its own.
+_GUIDED = ("scale", "interval", "rescale")
 
 
 def network_of(model: Any) -> Any:
@@ -144,7 +146,8 @@ def differs(known: Mapping[str, Any], model: Model, shape: tuple[int, ...]) -> s
 
 
 def guidance_of(model: Model) -> list[dict[str, Any]]:
-    """The guidance around a network, outermost first; empty without any."""
+    """The guidance around a network, outermost first, and what a model says of guidance inside it;
+    empty without any."""
     out = []
     while isinstance(model, Wrapper):
         if isinstance(model, Guided) and np.any(np.asarray(model.scale) != 1):
@@ -155,7 +158,7 @@ def guidance_of(model: Model) -> list[dict[str, Any]]:
             inside = [low, high if np.isfinite(high) else None]
             out.append({"scale": scale, "interval": inside, "rescale": model.rescale})
         model = model.model
-    return out
+    return [*out, *getattr(model, "guidance", ())]
 
 
 def same_guidance(known: list[dict[str, Any]], model: Model) -> str:
@@ -175,5 +178,6 @@ def _said(guidance: list[dict[str, Any]]) -> str:
             text += f" for rho in [{low}, {'inf' if high is None else high}]"
         if g["rescale"]:
             text += f" with rescale {g['rescale']}"
+        text += "".join(f", {k} {v}" for k, v in g.items() if k not in _GUIDED)
         parts.append(text)
     return " and ".join(parts)

@@ -142,8 +142,9 @@ class Teacher:
         return np.where(np.isfinite(rms), rms, np.inf)
 
     def errors(self, run: Plan, model: Model | None = None) -> Array:
-        """`distances` of the samples of a plan."""
-        return self.distances(self.run(run, model))
+        """`distances` of the samples of a plan, one batch of which is kept at a time."""
+        parts = [self[part] for part in self.chunks()]
+        return np.concatenate([part.distances(part.run(run, model)) for part in parts])
 
 
 def run_plan(
@@ -190,7 +191,7 @@ def shared_errors(
     for members in groups.values():
         here = [plans[i] for i in members]
         texts = [_signatures(run) for run in here]
-        parts: list[list[Tensor]] = [[] for _ in members]
+        parts: list[list[Array]] = [[] for _ in members]
         with torch.no_grad():
             for part in teacher.chunks():
                 sub = teacher[part]
@@ -204,9 +205,9 @@ def shared_errors(
                             told[key] = teacher.model.output(*state.query(), level, sub.cond)
                     states = [s.advance(told[k]) for s, k in zip(states, keys, strict=True)]
                 for p, state in zip(parts, states, strict=True):
-                    p.append(state.x)
+                    p.append(sub.distances(state.x))
         for i, p in zip(members, parts, strict=True):
-            out[i] = teacher.distances(torch.cat(p))
+            out[i] = np.concatenate(p)
         done += len(members)
         if each is not None:
             each(done)

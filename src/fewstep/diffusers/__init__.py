@@ -12,6 +12,7 @@ except ImportError as error:
         'fewstep.diffusers needs diffusers: pip install "fewstep[diffusers]"'
     ) from error
 
+from ._pipeline import PipelineDenoiser, calibrate, denoiser
 from ._scheduler import Scheduler, StepOutput
 
-__all__ = ["Scheduler", "StepOutput"]
+__all__ = ["PipelineDenoiser", "Scheduler", "StepOutput", "calibrate", "denoiser"]

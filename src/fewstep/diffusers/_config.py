@@ -182,11 +182,11 @@ def _hook(config: Mapping[str, Any]) -> Hook | None:
     return None
 
 
-def spacing(config: Mapping[str, Any], process: Process, u: Array | None = None) -> Grid:
-    """The spacing that a config asks for, as a grid. u: the clock of a flow before its shift, where
-    the pipeline gives it."""
+def spacing(config: Mapping[str, Any], process: Process, clock: bool = False) -> Grid:
+    """The spacing that a config asks for, as a grid. clock: the shift of a flow acts on 1 - i / n,
+    which pipelines give, and not on what the scheduler's class has for those that give nothing."""
     if isinstance(process, Flow):
-        return Grid("config", lambda p, steps, final: _flow_times(config, process, steps, final, u))
+        return Grid("config", lambda p, steps, final: _flow_times(config, process, steps, clock))
     low, high = config.get("sigma_min") or 0.0, config.get("sigma_max") or math.inf
     if config.get("use_karras_sigmas") or config.get("sigma_schedule") == "karras":
         return replace(karras(config.get("rho", 7.0), low=low, high=high), name="config")
@@ -230,13 +230,17 @@ def _table_times(
     return np.append(t, math.nan if end is None else end)
 
 
-def _flow_times(
-    config: Mapping[str, Any], process: Flow, steps: int, final: str, u: Array | None
-) -> Array:
-    if u is None or len(u) != steps:
-        u = np.linspace(1.0, 1 / float(config.get("num_train_timesteps", 1000)), steps)
+def _flow_times(config: Mapping[str, Any], process: Flow, steps: int, clock: bool) -> Array:
+    last = 1 / float(config.get("num_train_timesteps", 1000))
+    if clock:
+        u = 1 - np.arange(steps) / steps
+    elif "solver_order" in config or "predictor_order" in config:  # N of N + 1, as in a table
+        u = np.linspace(1.0, last, steps + 1)[:-1]
+        u = u if "predict_x0" in config else u - last  # all but UniPC begin one index below 1
+    else:
+        u = np.linspace(1.0, last, steps)
     t = process.warp(u)
-    if config.get("shift_terminal"):
+    if config.get("shift_terminal") and t[-1] < 1:  # one step has nothing to stretch
         t = 1 - (1 - t) * (1 - config["shift_terminal"]) / (1 - t[-1])
     ramp, ends = np.linspace(0, 1, steps), (t[0], t[-1])
     if config.get("use_karras_sigmas"):

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
+import diffusers
 import numpy as np
 import torch
 from diffusers.configuration_utils import ConfigMixin
@@ -19,8 +20,6 @@ from diffusers.schedulers.scheduling_utils import (
     SchedulerOutput,
 )
 from torch import Tensor
-
-import diffusers
 
 from .._calibrate._recipe import Recipe, recipe_from_bytes
 from .._denoiser import Denoiser
@@ -38,6 +37,8 @@ __all__ = ["Scheduler", "StepOutput"]
 
 #: What this class puts into a config beside the entries of the scheduler it was made from.
 _OWN = ("solver", "grid", "recipe")
+#: Compiled plans that are kept, by what set_timesteps was asked for.
+_KEPT = 16
 
 
 @dataclass
@@ -57,7 +58,7 @@ class Scheduler(SchedulerMixin, ConfigMixin):
 
     solver: a name in `fewstep.solvers`, or a `Solver`.
     grid: a name in `fewstep.grids`, a `Grid`, or "config": the spacing that the config asks for.
-        Default: "softened"; "config" for flow models, whose shift belongs to the pipeline.
+        Default: "softened"; for flow models 1 - i / n, shifted as config and pipeline say.
     recipe: a `Recipe` or its file, instead of solver and grid. A scheduler sees neither the network
         nor the guidance that the recipe was fitted to; process and prediction are checked.
 
@@ -101,6 +102,7 @@ class Scheduler(SchedulerMixin, ConfigMixin):
             grid=name,
             recipe=kept,
         )
+        self._plans: dict[Any, Any] = {}
         self._local = threading.local()
         self._latest: _Run | None = None
         self._described()  # refuses now what it cannot do
@@ -227,10 +229,16 @@ class Scheduler(SchedulerMixin, ConfigMixin):
         num_inference_steps: network evaluations. timesteps, sigmas: noise levels of the run, kept
         as they are. mu: shift that the pipeline computes from the resolution.
         """
-        known = described(self.config, mu)
-        whole = self._compile(known, num_inference_steps, timesteps, sigmas)
-        run = _Run(whole, known, device)
-        self._local.run = self._latest = run
+        lists = _numbers("timesteps", timesteps), _numbers("sigmas", sigmas)
+        asked = (num_inference_steps, *lists, mu)
+        if self._plans.get("config") is not self._internal_dict or len(self._plans) > _KEPT:
+            self._plans = {"config": self._internal_dict}  # pipelines may replace it
+        found = self._plans.get(asked)
+        if found is None:
+            known = described(self.config, mu)
+            found = self._plans[asked] = known, self._compile(known, num_inference_steps, *lists)
+        known, whole = found
+        self._local.run = self._latest = _Run(whole, known, device)
 
     def set_begin_index(self, begin_index: int = 0) -> None:
         """Begin at this entry of `timesteps` (image to image)."""
@@ -316,21 +324,18 @@ class Scheduler(SchedulerMixin, ConfigMixin):
         self,
         known: Described,
         nfe: int | None,
-        timesteps: Sequence[float] | None,
-        sigmas: Sequence[float] | None,
+        timesteps: tuple[float, ...] | None,
+        sigmas: tuple[float, ...] | None,
     ) -> Plan:
         if timesteps is not None and sigmas is not None:
             raise ValueError("timesteps and sigmas are both given; give one")
-        process, u = known.process, None
+        process, clock = known.process, self.config.get("grid") != "config"
         if sigmas is not None:
-            values = _numbers("sigmas", sigmas)
-            if isinstance(process, Flow) and _uniform(values):
-                nfe, sigmas, u = len(values), None, values
-            else:
-                process, nodes = _nodes(process, values)
-                return self._listed(known, process, nodes)
+            if not (isinstance(process, Flow) and _uniform(sigmas)):
+                return self._listed(known, *_nodes(process, np.array(sigmas)))
+            nfe, clock = len(sigmas), True
         if timesteps is not None:
-            nodes = [known.time_of(t) for t in _numbers("timesteps", timesteps).tolist()]
+            nodes = [known.time_of(t) for t in timesteps]
             return self._listed(known, process, [*nodes, _end(known, process, nodes[-1])])
         if nfe is None:
             raise ValueError("num_inference_steps is missing; give the number of evaluations")
@@ -338,7 +343,7 @@ class Scheduler(SchedulerMixin, ConfigMixin):
             return self._from_recipe(known, nfe)
         grid = self._grid
         if self.config.get("grid") == "config" or (grid is None and isinstance(process, Flow)):
-            grid = spacing(self.config, process, u)
+            grid = spacing(self.config, process, clock)
         grid = as_grid(DEFAULT_GRID) if grid is None else grid
         if isinstance(process, Flow):  # a shift < 1 puts nodes below the default end
             process = replace(process, t_end=min(process.t_end, float(process.warp(1e-3))))
@@ -362,6 +367,11 @@ class Scheduler(SchedulerMixin, ConfigMixin):
             have = ", ".join(map(str, self._recipe.nfes))
             raise ValueError(f"num_inference_steps = {nfe}; this recipe has plans for {have}")
         run = self._recipe.plans[nfe]
+        if run.calls[0] is None:
+            raise ValueError(
+                f"num_inference_steps = {nfe}: the recipe's plan begins with a step without the "
+                "network, which a pipeline cannot take; calibrate with first_step=False"
+            )
         check_match(run, Denoiser(_unused, known.process, known.prediction))
         return run
 
@@ -379,17 +389,17 @@ class Scheduler(SchedulerMixin, ConfigMixin):
         return run
 
     def __getstate__(self) -> dict[str, Any]:
-        state = {k: v for k, v in self.__dict__.items() if k not in ("_local", "_latest")}
+        state = {k: v for k, v in self.__dict__.items() if k not in ("_plans", "_local", "_latest")}
         for key, known in (("_solver", solvers), ("_grid", grids)):  # by name, where it has one
-            name = getattr(state[key], "name", None)
-            state[key] = name if known.get(name) is state[key] else state[key]
+            name = str(getattr(state[key], "name", ""))
+            state[key] = name if known.get(name) is state[key] is not None else state[key]
         return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self._solver = as_solver(self._solver)
         self._grid = None if self._grid is None else as_grid(self._grid)
-        self._local, self._latest = threading.local(), None
+        self._plans, self._local, self._latest = {}, threading.local(), None
 
 
 class _Run:
@@ -495,6 +505,8 @@ class _Run:
         """The newest state for the pipeline."""
         assert self.state is not None
         x = self.state.x.to(dtype)
+        if x is self.state.x and len(self.state.states) > 1:  # what is done to it must be seen
+            x = x.clone()
         self._handed = weakref.ref(x)
         self._version = -1 if x.is_inference() else x._version
         return x
@@ -543,15 +555,17 @@ def _as_recipe(recipe: Any) -> Recipe | None:
     return Recipe.load(text)
 
 
-def _numbers(name: str, values: Any) -> np.ndarray:
+def _numbers(name: str, values: Any) -> tuple[float, ...] | None:
+    if values is None:
+        return None
     given = values.detach().cpu() if isinstance(values, Tensor) else values
     array = np.asarray(given, dtype=np.float64)
     if array.ndim != 1 or not array.size or not np.isfinite(array).all():
         raise ValueError(f"{name} = {values!r}; need a list of finite numbers")
-    return array
+    return tuple(array.tolist())
 
 
-def _uniform(values: np.ndarray) -> bool:
+def _uniform(values: Sequence[float]) -> bool:
     """Whether these are 1 - i / n, what flow pipelines pass when the user gave nothing."""
     n = len(values)
     return bool(np.allclose(values, 1 - np.arange(n) / n, rtol=0, atol=1e-6))
