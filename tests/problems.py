@@ -2,14 +2,31 @@
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 import numpy as np
+import pytest
 import torch
 
 import fewstep as fs
 from fewstep._noise import Draw
+
+
+def in_turn(share: int, *axes: Iterable[Any]) -> list[Any]:
+    """All combinations, for `parametrize`: one of `share` of them in the fast suite, chosen so that
+    every entry of every axis comes up, and the others in the slow one."""
+    return [
+        pytest.param(
+            *(value for _, value in combination),
+            id="-".join(str(value) for _, value in combination),
+            marks=[] if sum(i for i, _ in combination) % share == 0 else pytest.mark.slow,
+        )
+        for combination in itertools.product(*map(enumerate, axes))
+    ]
+
 
 #: Every process of the package, by a short name; tests iterate over it.
 PROCESSES: dict[str, fs.Process] = {

@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 import fewstep as fs
 from fewstep import _analysis
 from fewstep._names import NAMES
+from problems import PROCESSES, in_turn
 
 SOLVERS = list(fs.solvers)
 DETERMINISTIC = [name for name, entry in fs.solvers.items() if not entry.stochastic]
@@ -69,8 +70,7 @@ def reference(where: str) -> tuple[np.ndarray, np.ndarray]:
     return x, exact.numpy()
 
 
-@pytest.mark.parametrize("where", RUNS)
-@pytest.mark.parametrize("solver", DETERMINISTIC)
+@pytest.mark.parametrize(("solver", "where"), in_turn(3, DETERMINISTIC, RUNS))
 def test_order_is_the_measured_one(solver, where):
     """plan.order() of 16 steps against the errors of whole runs on the same grid, refined."""
     process, grid, sizes = RUNS[where]
@@ -89,9 +89,11 @@ def test_order_is_the_measured_one(solver, where):
         assert slope == pytest.approx(order, abs=SLACK), (errors, _analysis.orders(plan))
 
 
-@pytest.mark.parametrize("solver", DETERMINISTIC)
-@pytest.mark.parametrize("process", [fs.VP(), fs.DiscreteVP.scaled_linear()], ids=["vp", "table"])
-def test_bulk_order_is_the_declared_one(solver, process):
+@pytest.mark.parametrize(
+    ("solver", "name"), in_turn(2, DETERMINISTIC, ["vp", "scaled-linear table"])
+)
+def test_bulk_order_is_the_declared_one(solver, name):
+    process = PROCESSES[name]
     entry = fs.solvers[solver]
     found = _analysis.orders(fs.plan(solver, process, 8))
     assert found.computed
@@ -120,13 +122,13 @@ def test_steps_have_the_order_that_their_rows_declare(solver):
                 assert slope - 1 > declared - 0.7, (i, slope)
 
 
-@pytest.mark.parametrize("nfe", [1, 3])
-@pytest.mark.parametrize("solver", DETERMINISTIC)
-def test_short_plans_have_an_order_too(solver, nfe):
-    for process in (fs.EDM(), fs.Flow()):
-        plan = fs.plan(solver, process, nfe)
-        # 0: Runge-Kutta in lambda from alpha = 0, where steps in lambda never become small
-        assert (0 if fs.solvers[solver].fragile else 1) <= plan.order() <= 6
+@pytest.mark.parametrize(
+    ("solver", "name", "nfe"), in_turn(2, DETERMINISTIC, ["edm", "flow"], [1, 3])
+)
+def test_short_plans_have_an_order_too(solver, name, nfe):
+    plan = fs.plan(solver, PROCESSES[name], nfe)
+    # 0: Runge-Kutta in lambda from alpha = 0, where steps in lambda never become small
+    assert (0 if fs.solvers[solver].fragile else 1) <= plan.order() <= 6
 
 
 def test_upward_and_tables():

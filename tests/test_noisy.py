@@ -11,7 +11,7 @@ import torch
 
 import fewstep as fs
 from fewstep._solvers._noisy import Interval, churn, predictor_corrector, restart
-from problems import PROCESSES, Mixture, Normal, normals, run
+from problems import PROCESSES, Mixture, Normal, in_turn, normals, run
 
 MIXTURE, NORMAL = Mixture(), Normal()
 ROWS = ["vp", "edm", "flow", "linear table", "zero terminal SNR", "user table", "trigonometric"]
@@ -219,8 +219,7 @@ def test_the_noise_of_a_restart_scales():
 # -- budgets -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ROWS)
-@pytest.mark.parametrize("solver", SOLVERS)
+@pytest.mark.parametrize(("solver", "name"), in_turn(3, SOLVERS, ROWS))
 def test_every_budget_is_spent(solver, name):
     process = PROCESSES[name]
     for nfe in range(1, 41):

@@ -11,7 +11,7 @@ import torch
 
 import fewstep as fs
 from fewstep._solvers._seeds import ancestral_singlestep, dpmpp_sde, seeds
-from problems import PROCESSES, Mixture, Normal, run, walk
+from problems import PROCESSES, Mixture, Normal, in_turn, run, walk
 
 MIXTURE = Mixture()
 FAMILIES = {
@@ -287,9 +287,9 @@ def test_weak_order_2(name, spacing):
 # -- ends ----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", FAMILIES)
 @pytest.mark.parametrize(
-    "process", ["vp", "linear table", "flow", "zero terminal SNR", "user table"]
+    ("name", "process"),
+    in_turn(3, FAMILIES, ["vp", "linear table", "flow", "zero terminal SNR", "user table"]),
 )
 def test_every_budget_is_spent(name, process):
     process = PROCESSES[process]

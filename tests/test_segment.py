@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import fewstep as fs
-from problems import PROCESSES, Mixture, network_for, run
+from problems import PROCESSES, Mixture, in_turn, network_for, run
 
 MIXTURE = Mixture()
 
@@ -29,8 +29,7 @@ def test_all_ways_to_name_a_start_agree(name):
         np.testing.assert_allclose(plan.times, plans[0].times, rtol=1e-9, atol=1e-12)
 
 
-@pytest.mark.parametrize("grid", fs.grids)
-@pytest.mark.parametrize("name", PROCESSES)
+@pytest.mark.parametrize(("name", "grid"), in_turn(3, PROCESSES, fs.grids))
 def test_strength_is_a_share_of_the_grid(name, grid):
     """With n steps in all, strength k / n leaves k: the level of node n - k."""
     process = PROCESSES[name]

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 import fewstep as fs
-from problems import PROCESSES, Mixture, Normal, normals, reverse_sde, run, walk
+from problems import PROCESSES, Mixture, Normal, in_turn, normals, reverse_sde, run, walk
 
 SOLVERS = list(fs.solvers)
 STOCHASTIC = [name for name, entry in fs.solvers.items() if entry.stochastic]
@@ -79,16 +79,9 @@ def error(solver: str, process: fs.Process, n: int, spacing: str) -> float:
     return float((state.states[end] / levels[end].alpha - y[-1]).square().mean().sqrt())
 
 
-def order_cases():
-    """Every solver on every process with both spacings; the fast suite takes one process for equal
-    steps and another for uneven ones, in turn."""
-    pairs = list(itertools.product(ORDER_PROCESSES, SPACINGS))
-    for (i, solver), (k, pair) in itertools.product(enumerate(DETERMINISTIC), enumerate(pairs)):
-        marks = [] if (i + k) % 3 == 0 else pytest.mark.slow
-        yield pytest.param(solver, *pair, id="-".join((solver, *pair)), marks=marks)
-
-
-@pytest.mark.parametrize(("solver", "name", "spacing"), list(order_cases()))
+@pytest.mark.parametrize(
+    ("solver", "name", "spacing"), in_turn(3, DETERMINISTIC, ORDER_PROCESSES, SPACINGS)
+)
 def test_measured_order_is_the_declared_one(solver, name, spacing):
     entry = fs.solvers[solver]
     # higher orders reach the rounding of the reference sooner

@@ -12,7 +12,7 @@ import torch
 
 import fewstep as fs
 from fewstep._noise import Draw, Noise
-from problems import Mixture, reverse_sde
+from problems import Mixture, in_turn, reverse_sde
 
 MIXTURE = Mixture(components=3, dim=2, seed=4)
 #: Solvers by hand keep the tests alive by themselves.
@@ -61,8 +61,7 @@ def slope(values: np.ndarray) -> float:
 PATH = [Noise(3, path=True, resolution=2.0**-16)] * len(SIZES)
 
 
-@pytest.mark.parametrize("name", PROCESSES)
-@pytest.mark.parametrize("solver", ON_A_PATH)
+@pytest.mark.parametrize(("solver", "name"), in_turn(3, ON_A_PATH, PROCESSES))
 def test_strong_order_on_one_path_is_the_declared_one(solver, name):
     entry = SOLVERS[solver]
     found = slope(distances(entry, PROCESSES[name], PATH))
@@ -72,7 +71,7 @@ def test_strong_order_on_one_path_is_the_declared_one(solver, name):
         assert strong == pytest.approx(entry.strong_order, abs=0.25)
 
 
-@pytest.mark.parametrize("solver", ON_A_PATH)
+@pytest.mark.parametrize("solver", in_turn(2, ON_A_PATH))
 def test_with_fresh_noise_runs_do_not_come_closer(solver):
     fresh = [Noise(seed) for seed in range(len(SIZES))]
     gaps = distances(SOLVERS[solver], fs.VP(), fresh)

@@ -25,7 +25,7 @@ import torch
 
 import fewstep as fs
 from fewstep._noise import Draw, Noise
-from problems import Normal, normals, reverse_sde, run
+from problems import Normal, in_turn, normals, reverse_sde, run
 
 NORMAL = Normal()
 #: Solvers by hand keep the tests alive by themselves.
@@ -142,15 +142,9 @@ def orders(
 
 
 @pytest.mark.parametrize(
-    ("name", "spacing"),
-    [
-        ("edm", "uniform"),
-        ("flow", "alternating 1:3"),
-        pytest.param("vp", "uniform", marks=pytest.mark.slow),
-        pytest.param("vp", "alternating 1:3", marks=pytest.mark.slow),
-    ],
+    ("solver", "name", "spacing"),
+    in_turn(3, SOLVERS, ["edm", "flow", "vp"], ["uniform", "alternating 1:3"]),
 )
-@pytest.mark.parametrize("solver", SOLVERS)
 def test_weak_order_is_the_declared_one(solver, name, spacing):
     entry = SOLVERS[solver]
     declared = (entry.smooth_order if spacing == "uniform" else 0) or entry.order
@@ -263,8 +257,7 @@ def test_tilted_errors_are_those_of_runs():
 # -- variance at the nodes -----------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", PROCESSES)
-@pytest.mark.parametrize("solver", SOLVERS)
+@pytest.mark.parametrize(("solver", "name"), in_turn(3, SOLVERS, PROCESSES))
 def test_small_steps_have_the_law_of_the_process_at_every_node(solver, name):
     entry, worst = SOLVERS[solver], []
     for n in (100, 400):

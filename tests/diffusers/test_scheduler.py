@@ -507,6 +507,7 @@ def test_what_a_run_cannot_be_is_refused_before_it_starts():
         ({}, "^num_inference_steps is missing"),
         ({"timesteps": [5, 3], "sigmas": [1.0]}, "both given"),
         ({"timesteps": [5, 5]}, "repeats"),
+        ({"num_inference_steps": 3, "timesteps": [500, 5]}, "^num_inference_steps = 3 with a list"),
         ({"sigmas": [1.0, -1.0]}, "^sigmas"),
         ({"sigmas": [100.0, 1.0]}, "^sigmas: 100 is outside the range"),
         ({"num_inference_steps": 5, "mu": 1.0}, "^mu = 1.0"),

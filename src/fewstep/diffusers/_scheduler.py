@@ -329,6 +329,11 @@ class Scheduler(SchedulerMixin, ConfigMixin):
     ) -> Plan:
         if timesteps is not None and sigmas is not None:
             raise ValueError("timesteps and sigmas are both given; give one")
+        given = timesteps or sigmas
+        if given is not None and nfe not in (None, len(given), len(given) - (given[-1] == 0)):
+            raise ValueError(
+                f"num_inference_steps = {nfe} with a list of {len(given)} levels; leave it out"
+            )
         process, clock = known.process, self.config.get("grid") != "config"
         if sigmas is not None:
             if not (isinstance(process, Flow) and _uniform(sigmas)):
