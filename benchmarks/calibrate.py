@@ -11,11 +11,11 @@ are, the best grid and end are chosen on these very noises, which favours them.
 Learned samplers that are published are restrictions of one program here, fitted by the same
 optimiser from the same starts: times only (LD3, arXiv 2405.15506, with its decoupled network
 times), coefficients only (S4S, arXiv 2502.17423), one ratio per step (DC-Solver, arXiv 2409.03755).
-"First evaluation once per class" is a plan of one evaluation more on `fewstep.Recalled`, which
-remembers the answer to the first one: four evaluations per class instead of one per sample.
+"One plan per class" is what `fewstep.calibrate(each="label")` makes of the learned plan.
 
-Plans are learned for as many seconds as BUDGET says, on one core. Parts are kept in
-benchmarks/.cache/calibrate; delete it to redo. Two processes with one torch thread each.
+Plans are learned with as many network evaluations of single samples as EVALUATIONS says; seconds
+are of one core. Parts are kept in benchmarks/.cache/calibrate; delete it to redo. Two processes
+with one torch thread each.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ import sys
 import time
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -42,13 +42,15 @@ from fewstep._calibrate._teacher import cycled, run_plan, shared_errors, taken
 
 CACHE = Path(__file__).parent / ".cache" / "calibrate"
 NFES = (4, 5, 6, 8, 10)
-#: For fits, for the choice, for the report; and seconds of learning on one core.
+#: For fits, for the choice, for the report.
 NOISES = {
     "mixture": (512, 128, 512),
     "exact digits": (256, 128, 512),
     "trained digits": (512, 128, 512),
 }
-BUDGET = {"mixture": 60.0, "exact digits": 120.0, "trained digits": 55.0}
+#: Of every class, over the number of evaluations, so that all of these cost about as much to fit.
+NOISES_PER_CLASS = 2000
+EVALUATIONS = {"mixture": 12_000_000, "exact digits": 7_000_000, "trained digits": 600_000}
 MODELS = ("mixture", "exact digits", "trained digits")
 OTHERS = tuple(m for m in METHODS if m != "learned")
 KINDS = {
@@ -59,7 +61,7 @@ KINDS = {
     "times": "times only (LD3)",
     "coefficients": "coefficients only (S4S)",
     "learned": "learned plan",
-    "recalled": "learned, first evaluation once per class",
+    "each": "learned, one plan per class",
 }
 
 
@@ -77,7 +79,8 @@ def build(name: str) -> tuple[fs.Denoiser, tuple[int, ...], dict[str, Any]]:
 def teachers(name: str, quick: bool) -> tuple[fs.Denoiser, tuple[int, ...], Any, list[fs.Teacher]]:
     """Training, held-out and test noises; the last with a finer converged solution."""
     model, shape, cond = build(name)
-    places = zip(NOISES[name], (10_000, 256, 384), (None, None, 400), strict=True)
+    choice = 256 if NOISES[name][1] <= 128 else 20_000  # clear of the report's
+    places = zip(NOISES[name], (10_000, choice, 384), (None, None, 400), strict=True)
     out = []
     for count, first, nfe in places:
         count = count // 8 if quick else count
@@ -120,7 +123,8 @@ def fitted(name: str, nfe: int, quick: bool) -> list[dict]:
     torch.set_num_threads(1)
     model, shape, cond, (_, held, test) = teachers(name, quick)
     parts = folder(name, nfe, quick)
-    sizes = (2 * len(held), len(held), 2)  # noises 0 to 384: the others are the test's
+    few = min(len(held), 128)
+    sizes = (2 * few, few, 2)  # noises 0 to 384: the others are the test's
     fs.calibrate(
         model,
         shape,
@@ -136,38 +140,65 @@ def fitted(name: str, nfe: int, quick: bool) -> list[dict]:
     return [row(f.name, f.kind, test.errors(f.plan), f.evaluations, f.seconds) for f in found]
 
 
-def learned(name: str, nfe: int, quick: bool) -> list[dict]:
-    """Learned plans, and restrictions of their program that are published samplers."""
-    torch.set_num_threads(1)
-    model, _, cond, (train, held, test) = teachers(name, quick)
-    # Network calls only where they are cheap: exact models have no autograd through their time.
-    how = "reverse" if name == "trained digits" else "differences"
-    budget = 10.0 if quick else BUDGET[name]
+# Network calls only where they are cheap: exact models have no autograd through their time.
+HOW = {"mixture": "differences", "exact digits": "differences", "trained digits": "reverse"}
+
+
+def starts(model: fs.Model, held: fs.Teacher, nfe: int) -> list[fs.Plan]:
+    """The best of every solver, four of them."""
     plans, names = screened(model, nfe)
     order = np.argsort([score(e) for e in shared_errors(held, plans)], kind="stable")
-    # The best of every solver, four of them.
-    starts = {names[i][0]: plans[i] for i in order[::-1]}
-    ranked = list(dict.fromkeys(names[i][0] for i in order))[:4]
-    hand = [starts[solver] for solver in ranked]
-    out = []
+    best = {names[i][0]: plans[i] for i in order[::-1]}
+    return [best[solver] for solver in dict.fromkeys(names[i][0] for i in order)][:4]
+
+
+def restricted(name: str, nfe: int, quick: bool) -> list[dict]:
+    """Restrictions of the learned plan's program that are published samplers."""
+    torch.set_num_threads(1)
+    model, _, _, (train, held, test) = teachers(name, quick)
+    hand, out = starts(model, held, nfe), []
     for kind, what in (("times", "times and labels"), ("coefficients", "coefficients")):
-        made = fs.learn(train, held, hand, what=what, jacobian=how, first_step=False)
+        made = fs.learn(train, held, hand, what=what, jacobian=HOW[name], first_step=False)
         spent = made.evaluations, made.seconds
         out.append(row(made.name, kind, test.errors(made.plan), *spent))
-    made = fs.learn(train, held, hand, jacobian=how, budget=budget)
-    spent = made.evaluations, made.seconds
-    out.append(row(made.name, "learned", test.errors(made.plan), *spent))
+    return out
+
+
+def learned(name: str, nfe: int, quick: bool) -> list[dict]:
+    """The learned plan."""
+    torch.set_num_threads(1)
+    model, _, _, (train, held, test) = teachers(name, quick)
+    most = EVALUATIONS[name] // 10 if quick else EVALUATIONS[name]
+    hand, began = starts(model, held, nfe), time.process_time()
+    made = fs.learn(train, held, hand, jacobian=HOW[name], evaluations=most)
+    seconds = time.process_time() - began
     path = folder(name, nfe, quick) / "learned.safetensors"
     path.parent.mkdir(parents=True, exist_ok=True)
     made.plan.save(path)
-    if cond:
-        model = fs.Recalled(model)
-        few, other, fresh = (replace(t, model=model) for t in (train, held, test))
-        more = [fs.plan(s, model, nfe + 1) for s in ("ipndm_3", "flow_ipndm_2", "cflow_pc2")]
-        made = fs.learn(few, other, more, jacobian=how, first_step=False, budget=budget)
-        spent = made.evaluations, made.seconds
-        out.append(row(made.name, "recalled", fresh.errors(made.plan), *spent))
-    return out
+    return [row(made.name, "learned", test.errors(made.plan), made.evaluations, seconds)]
+
+
+def each(name: str, nfe: int, quick: bool) -> list[dict]:
+    """One plan per class, from the noises of another seed."""
+    torch.set_num_threads(1)
+    model, shape, cond, (_, _, test) = teachers(name, quick)
+    if not cond:
+        return []
+    began = time.process_time()
+    made = fs.calibrate(
+        model,
+        shape,
+        nfe,
+        cond=cond,
+        each="label",
+        methods=["learned"],
+        noises=(30, 15, 2) if quick else (NOISES_PER_CLASS // nfe, 110, 2),
+        seed=1,
+        progress=False,
+    )
+    seconds = time.process_time() - began
+    spent, errors = made.info["evaluations"], test.errors(made.plans[nfe])
+    return [row(made.chosen(nfe).name, "each", errors, spent, seconds)]
 
 
 def distribution(name: str, nfe: int, quick: bool) -> dict[str, float]:
@@ -213,7 +244,9 @@ def sliced(x: torch.Tensor, y: torch.Tensor, directions: int = 512) -> float:
 PARTS = {
     "solvers": solvers_as_they_are,
     "fitted": fitted,
+    "restricted": restricted,
     "learned": learned,
+    "each": each,
     "distribution": distribution,
 }
 
@@ -246,6 +279,14 @@ def number(value: float) -> str:
 
 
 Results = dict[tuple[str, str, int], Any]
+#: Where the lines of a kind are; the others are in "fitted".
+PART = {
+    "solver": "solvers",
+    "times": "restricted",
+    "coefficients": "restricted",
+    "learned": "learned",
+    "each": "each",
+}
 
 
 def page(
@@ -256,8 +297,8 @@ def page(
         "# What calibration gains",
         "",
         "Made by `python benchmarks/calibrate.py`, which says how. Errors are distances to the "
-        "converged sample from the same noise, over fresh noises: median / root mean square (of "
-        "solvers as they are, the best of each). Below "
+        "converged sample from the same noise, over 512 fresh noises: median / root mean square "
+        "(of solvers as they are, the best of each). Below "
         "a method: the factor by which its median is smaller than that of the best solver as it "
         "is.",
         "",
@@ -267,7 +308,7 @@ def page(
         out += ["", f"## {name[0].upper() + name[1:]}", ""]
         head = ["", *(f"NFE {n}" for n in nfes)]
         lines = []
-        kinds = [k for k in KINDS if k != "recalled" or name == "trained digits"]
+        kinds = [k for k in KINDS if results.get((PART.get(k, "fitted"), name, nfes[0]))]
         for kind in kinds:
             label = KINDS[kind]
             cells, factors = [], []
@@ -280,7 +321,10 @@ def page(
             if kind != "solver":
                 lines.append(["", *factors])
         out.append(table(head, lines))
-        out += ["", "What the best solver was, and what fitting cost:", ""]
+        said = "What the best solver was, and what fitting cost"
+        if "each" in kinds:
+            said += " (plans per class: with converged samples and everything else)"
+        out += ["", f"{said}:", ""]
         lines = []
         for kind in kinds:
             best = [best_of(results, name, n, kind) for n in nfes]
@@ -344,8 +388,7 @@ def page(
 def best_of(results: Results, name: str, nfe: int, kind: str) -> dict:
     """The line of a kind with the least median; of solvers as they are, with the least root mean
     square of any of them."""
-    part = "solvers" if kind == "solver" else "fitted" if kind in OTHERS else "learned"
-    rows = results[part, name, nfe]
+    rows = results[PART.get(kind, "fitted"), name, nfe]
     rows = [r for r in rows if r["kind"] == kind]
     best = min(rows, key=lambda r: r["median"])
     return {**best, "rms": min(r["rms"] for r in rows)} if kind == "solver" else best
@@ -368,7 +411,7 @@ def draw(results: Results, names: Sequence[str], nfes: Sequence[int], path: Path
     ]
     for axes, name in zip(np.ravel(figure.subplots(1, len(names))), names, strict=True):
         for (kind, label), colour in zip(KINDS.items(), colours, strict=True):
-            if kind == "recalled" and name != "trained digits":
+            if not results[PART.get(kind, "fitted"), name, nfes[0]]:
                 continue
             best = [best_of(results, name, n, kind) for n in nfes]
             axes.plot(nfes, [b["median"] for b in best], "o-", color=colour, label=label)
@@ -398,7 +441,7 @@ def main() -> None:
     order = [(name, n) for name in reversed(MODELS) if name in chosen.models for n in nfes]
     results: Results = {}
     with ProcessPoolExecutor(chosen.jobs) as pool:
-        for kinds in (("learned", "fitted", "solvers"), ("distribution",)):
+        for kinds in (("learned", "each", "restricted", "fitted", "solvers"), ("distribution",)):
             jobs = [(kind, name, n, chosen.quick) for name, n in order for kind in kinds]
             results.update(pool.map(part, jobs))
     text = page(results, chosen.models, nfes)

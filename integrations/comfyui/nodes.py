@@ -184,13 +184,14 @@ def _path(file: str) -> str:
 def _plans(path: str) -> dict[int, fs.Plan]:
     """By number of evaluations."""
     try:
-        return dict(fs.Recipe.load(path).plans)
+        recipe = fs.Recipe.load(path)
     except ValueError as no_recipe:
         try:
             plan = fs.Plan.load(path)
         except ValueError as no_plan:
             raise ValueError(f"neither a recipe ({no_recipe}) nor a plan ({no_plan})") from no_plan
         return {plan.nfe: plan}
+    return {nfe: recipe.one(nfe) for nfe in recipe.nfes}
 
 
 def register(chosen: str) -> None:

@@ -12,7 +12,7 @@ answers are known, `fs.models` the bundled networks.
 
 from typing import Any
 
-from . import exact, models
+from . import exact, metrics, models
 from ._adaptive import AdaptiveResult, sample_adaptive
 from ._analysis import ErrorConstant, Orders, Stability
 from ._analytic import analytic_first, begin_analytically
@@ -23,7 +23,6 @@ from ._calibrate._compensate import Cascade, Compensation, compensated, fit_rati
 from ._calibrate._diagnose import Diagnosis, Hypothesis, diagnose
 from ._calibrate._ems import EMS
 from ._calibrate._learn import Learned, learn
-from ._calibrate._recalled import Recalled
 from ._calibrate._recipe import Candidate, Recipe
 from ._calibrate._robustness import Robustness, robustness
 from ._calibrate._schedule import Choice, Schedule, schedule_of
@@ -144,7 +143,6 @@ __all__ = [
     "Prediction",
     "ProbabilityFlow",
     "Process",
-    "Recalled",
     "Recipe",
     "Record",
     "Robustness",
@@ -213,6 +211,7 @@ __all__ = [
     "langevin",
     "learn",
     "load_checkpoint",
+    "metrics",
     "models",
     "node_lists",
     "noise_in_steps",

@@ -150,7 +150,7 @@ def sample_command(
         for name, value in given.items():
             if value is not None:
                 raise ValueError(f"{name} = {value}, but --recipe has its own; leave --{name} out")
-        chosen = Recipe.load(recipe_file).plan_for(denoiser, nfe)
+        chosen = Recipe.load(recipe_file).plan_for(denoiser, nfe, cond)
     elif plan_file is None:
         chosen = _plan(solver, denoiser, nfe, grid, final)
     else:
@@ -206,6 +206,12 @@ def calibrate_command(
         float | None,
         typer.Option(help="Classifier-free guidance scale (bundled models with classes)."),
     ] = None,
+    each_class: Annotated[
+        bool,
+        typer.Option(
+            "--each-class", help="Also learn a plan for every class; --noises are then per class."
+        ),
+    ] = False,
     methods: Annotated[str, typer.Option(help=f"What to try, of {', '.join(METHODS)}.")] = ",".join(
         METHODS
     ),
@@ -269,6 +275,10 @@ def calibrate_command(
         if bundled.classes:
             cond = {"label": torch.arange(bundled.classes, device=device)}
             uncond = bundled.uncond if guidance is not None else None
+    if each_class and not cond:
+        raise ValueError(
+            f"each-class: {model} has no classes here; in Python: fewstep.calibrate(each=...)"
+        )
     recipe = calibrate(
         denoiser,
         _integers("shape", shape, "x"),
@@ -276,6 +286,7 @@ def calibrate_command(
         cond=cond,
         guidance=guidance,
         uncond=uncond,
+        each="label" if each_class else None,
         methods=[m.strip() for m in methods.split(",") if m.strip()],
         noises=(sizes[0], sizes[1], sizes[2]),
         jacobian=jacobian,

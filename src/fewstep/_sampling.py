@@ -181,8 +181,10 @@ class PlanSource(abc.ABC):
     """What has plans ready for a model, by number of evaluations: `sample(solver=...)` takes it."""
 
     @abc.abstractmethod
-    def plan_for(self, model: Model, nfe: int | None = None) -> Plan:
-        """The plan to run; a ValueError says why this model or number cannot have one."""
+    def plan_for(
+        self, model: Model, nfe: int | None = None, cond: Mapping[str, Any] | None = None
+    ) -> Plan:
+        """The plan to run for these conditions; a ValueError says why there is none."""
 
 
 @dataclass(frozen=True)
@@ -223,7 +225,7 @@ def steps(
 ) -> Iterator[Record]:
     """`sample`, one record per network evaluation: preview, stop early (just stop iterating), or
     keep `record.state` and go on later. Arguments are checked before the first `next`."""
-    run = _compile(model, solver, nfe, grid, final, start, upward)
+    run = _compile(model, solver, nfe, grid, final, start, upward, cond or {})
     _check_hook(hook, run)
     device = (model.device if device is None else device) if x is None else x.device
     run = run if hook is not None else run.cheapest_on(device)
@@ -252,6 +254,7 @@ def _compile(
     final: str,
     start: Start | None,
     upward: bool,
+    cond: Mapping[str, Any] | None = None,
 ) -> Plan:
     if not isinstance(model, Model):
         raise ValueError(
@@ -259,7 +262,7 @@ def _compile(
             "predicts=...)"
         )
     if isinstance(solver, PlanSource):
-        solver = solver.plan_for(model, nfe)
+        solver = solver.plan_for(model, nfe, cond)
     if not isinstance(solver, Plan):
         return plan(solver, model, nfe, grid=grid, final=final, start=start, upward=upward)
     if nfe not in (None, solver.nfe):
@@ -413,7 +416,7 @@ def sample(
     device, dtype: of the state; default: the network's device, float32 (or better).
     progress: a bar, shown only once the run has taken a second.
     """
-    run = _compile(model, solver, nfe, grid, final, start, upward)
+    run = _compile(model, solver, nfe, grid, final, start, upward, cond or {})
     _check_hook(hook, run)
     device = (model.device if device is None else device) if x is None else x.device
     run = run if hook is not None else run.cheapest_on(device)

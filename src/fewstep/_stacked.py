@@ -84,7 +84,7 @@ def stacked(
                 mine: list[Mapping[int, Any]] = [getattr(row, kind) for row in parts]
                 terms[kind] = {j: array([v.get(j, 0.0) for v in mine]) for j in set().union(*mine)}
             order, exact = min(row.order for row in moving), all(row.exact for row in moving)
-            c = array([row.c for row in parts]) if any(row.shifts for row in parts) else 0.0
+            c = _constants([row.c for row in parts], shape) if any(r.shifts for r in parts) else 0.0
             rows.append(Row(terms["a"], terms["b"], order, exact, terms["e"], c))
             levels.append(level([m.level for m in members]))
         calls += [None] * (len(levels) - 1 - len(calls))
@@ -181,14 +181,27 @@ def _check(plans: Sequence[Plan], axis: int) -> None:
             problem = "starts from several states, or hands over several"
         elif plan.nfe == 0:
             problem = "asks the network nothing"
-        elif any(np.ndim(c) for row in plan.rows for c in row.coefficients):
+        elif any(np.ndim(c) for row in plan.rows for c in _numbers(row)):
             problem = "has coefficients that are arrays"
+        elif any(np.ndim(row.c) >= -axis for row in plan.rows):
+            problem = f"adds constants that run along axis {axis}"
         elif plan.raw != plans[0].raw:
             problem = "is fused, or the first is, but not both"
         elif plan.integer_times != plans[0].integer_times:
             problem = "tells the network integers, or the first does, but not both"
         if problem:
             raise ValueError(f"plans: number {i} {problem}; such plans cannot be stacked")
+
+
+def _numbers(row: Row) -> Iterator[Any]:
+    for terms in (row.a, row.b, row.e):
+        yield from terms.values()
+
+
+def _constants(parts: Sequence[Any], shape: tuple[int, ...]) -> Array:
+    """Constants side by side: numbers, or arrays that broadcast against what follows the axis."""
+    size = np.broadcast_shapes(shape[1:], *(np.shape(c) for c in parts))
+    return np.stack([np.broadcast_to(np.asarray(c, dtype=np.float64), size) for c in parts])
 
 
 def _delays(delays: Sequence[int] | None, plans: Sequence[Plan]) -> tuple[int, ...]:

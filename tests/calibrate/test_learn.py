@@ -13,9 +13,8 @@ from torch import Tensor
 import fewstep as fs
 from fewstep._calibrate._learn import WHAT, Progress, data_mean, learn, score
 from fewstep._calibrate._program import program_of
-from fewstep._calibrate._recalled import Recalled
 from fewstep._calibrate._robustness import robustness
-from fewstep._calibrate._teacher import Counted, Teacher, taken, teach
+from fewstep._calibrate._teacher import Counted, Teacher, teach
 
 torch.set_num_threads(1)
 
@@ -269,42 +268,24 @@ def test_a_free_first_step_saves_an_evaluation() -> None:
     assert np.allclose(again.errors, learned.errors)
 
 
-def test_recalled_asks_once_per_condition() -> None:
-    exact = MIXTURE.denoiser(fs.EDM(), "data")
-    counted = Counted(exact)
-    model = Recalled(counted, count=2)
-    label = torch.tensor([0, 1, 2, 1, 0, 2])
-    x = torch.randn(6, 2, dtype=torch.float64) * 80
-    run = fs.plan("ddim", model, 3)
-    out = fs.sample(model, solver=run, x=x, cond={"label": label})
-    assert counted.evaluations == 2 * 6 + 2 * 3
-    assert model.evaluations == 6
-    fs.sample(model, solver=run, x=x, cond={"label": label})
-    assert counted.evaluations == 4 * 6 + 2 * 3
-    # At that level a prediction is nearly the mean of the label's data.
-    want = fs.sample(exact, solver=run, x=x, cond={"label": label})
-    assert torch.allclose(out, want, atol=0.1)
-    assert not torch.equal(out, want)
-    one = fs.sample(model, solver=run, x=x[3:4], cond={"label": label[3:4]})
-    assert torch.allclose(one[0], out[3])
-    # States at different positions, as one batch.
-    states = [run.start(x[i : i + 1]) for i in range(2)]
-    states[0] = states[0].advance(
-        model.output(*states[0].query(), run.asked(0), {"label": label[:1]})
-    )
-    batch = fs.batch(states)
-    conds = [{"label": label[i : i + 1]} for i in range(2)]
-    while batch.running:
-        batch = batch.step(model, [c for c, s in zip(conds, batch.states, strict=True)])
-    assert torch.allclose(torch.cat([s.x for s in batch.states]), out[:2])
-    # Learned on it, all but the first evaluation move.
-    train, held, _ = _teachers(exact, cond=lambda n: {"label": torch.arange(n) % 3})
-    train, held = (replace(t, model=model) for t in (train, held))
-    starts = [fs.plan("ipndm_3", model, 4)]
-    learned = learn(train, held, starts, first_step=False, iterations=8)
-    assert learned.program is not None
-    assert learned.program.times[0] == 80
-    assert np.median(learned.errors) < 0.5 * np.median(learned.start_errors["ipndm_3 on softened"])
+def test_guards_are_not_fitted_and_not_beaten_by() -> None:
+    model = MIXTURE.denoiser(fs.VP(), "v")
+    train, held, _ = _teachers(model)
+    start, guard = fs.plan("ddim", model, 4), fs.plan("dpmpp_3m", model, 4)
+    learned = learn(train, held, [start], guards=[guard], iterations=4, first_step=False)
+    assert list(learned.start_errors) == ["ddim on softened", "dpmpp_3m on softened"]
+    assert all(fit.name.startswith("ddim") for fit in learned.progress.fits)
+    ours, theirs = learned.errors, held.errors(guard)
+    assert np.median(ours) <= np.median(theirs)
+    assert _rms(ours) <= _rms(theirs)
+    # Where no fit is better, the guard is what is left.
+    none = learn(train, held, [start], guards=[guard], iterations=0, first_step=False)
+    assert none.program is None
+    assert np.array_equal(none.errors, theirs)
+    # Starts of N + 1 evaluations alone: their first is answered by the mean.
+    longer = learn(train, held, [fs.plan("ddim", model, 5)], guards=[guard], iterations=2)
+    assert [fit.first_step for fit in longer.progress.fits[:1]] == [True]
+    assert longer.plan.nfe == 4
 
 
 def test_robustness() -> None:
@@ -382,12 +363,3 @@ def test_quality(name: str, nfe: int) -> None:
     factor = {"trained": (3.0, 2.2), "digits": (8.0, 1.5), "mixture": (15.0, 1.5)}[name]
     assert median < best[0] / factor[0]
     assert rms < best[1] / factor[1]
-    if name == "trained":  # with the first evaluation once per class
-        recalled = Recalled(model)
-        train, held, fresh = (replace(t, model=recalled) for t in (train, held, fresh))
-        starts = [fs.plan(solver, recalled, nfe + 1) for solver in solvers]
-        learned = learn(train, held, starts, budget=60, first_step=False)
-        errors = fresh.errors(learned.plan)
-        assert np.median(errors) < best[0] / 3.8
-        assert _rms(errors) < best[1] / 2.8
-        assert taken(fresh.cond, [0], len(fresh))["label"].tolist() == [0]

@@ -459,6 +459,26 @@ def test_a_recipe_travels_inside(tmp_path):
         Scheduler.from_config(CONFIGS["sd"], recipe=recipe, solver="ddim")
 
 
+def test_a_plan_for_every_class_needs_the_class(tmp_path):
+    model = fs.models.load("digits")
+    recipe = fs.calibrate(
+        model,
+        shape=(1, 8, 8),
+        nfe=3,
+        cond={"label": torch.tensor([1, 7])},
+        each="label",
+        noises=(16, 16, 16),
+        methods=["learned"],
+        first_step=False,
+        progress=False,
+    )
+    mine = Scheduler.from_config(config("EDMEulerScheduler"), recipe=recipe)
+    with pytest.raises(ValueError, match=r"^the condition 'label' is not known here"):
+        mine.set_timesteps(3)
+    with pytest.raises(ValueError, match=r"^the condition 'label' is not known here"):
+        fs.generate(model, 4, tmp_path, shape=(1, 8, 8), solver=recipe, nfe=3)
+
+
 class Batched(torch.nn.Module):
     """The exact network for one time per sample."""
 

@@ -28,10 +28,12 @@ from .._solvers._base import Solver
 from .._solvers._registry import solvers
 from .._solvers._v3 import dpm_solver_v3
 from .._version import __version__
+from ._by_value import PlansByValue, values_of
 from ._compensate import fit_ratios
 from ._ems import EMS
 from ._fingerprint import fingerprint, guidance_of, network_of
-from ._learn import learn, score
+from ._learn import data_mean, learn, score
+from ._program import asking, plan_of, program_of
 from ._recipe import Candidate, Recipe, as_it_is, called
 from ._robustness import robustness
 from ._search import search
@@ -44,7 +46,7 @@ __all__ = ["METHODS", "calibrate", "candidate", "found_in", "screened"]
 METHODS = ("learned", "compensated", "statistics", "search")
 
 #: How a budget is shared among them.
-_SHARES = {"learned": 6.0, "compensated": 0.5, "statistics": 2.0, "search": 2.0}
+_SHARES = {"learned": 6.0, "compensated": 0.5, "statistics": 2.0, "search": 2.0, "each": 10.0}
 
 #: Few, so that large networks can afford them: good below ten evaluations on the problems of
 #: benchmarks/defaults.py, or what users have today. screen = "all" tries every one.
@@ -68,6 +70,9 @@ _GRIDS = ("softened", "lambda", "karras", "arctan", "uniform", "quadratic")
 #: Compensation is for methods with a history; statistics have orders and correctors.
 _COMPENSATED = 2
 _STATISTICS_SAMPLES = 256
+#: Iterations per fit; with `each`, of the plan for all, and of the plans for one value, which
+#: start from it: more change little there.
+_ITERATIONS, _SHARED, _EACH = 80, 24, 4
 _FORMAT = "fewstep.calibration.1"
 
 
@@ -77,9 +82,15 @@ class _Found:
 
     name: str
     kind: str
-    plan: Plan
+    plan: Plan | PlansByValue
     evaluations: int = 0
     seconds: float = 0.0
+
+    @property
+    def one(self) -> Plan:
+        """The plan, where it is one for all."""
+        assert isinstance(self.plan, Plan)
+        return self.plan
 
 
 @dataclass(frozen=True)
@@ -122,7 +133,7 @@ class _Store:
 
         def fresh() -> tuple[dict[str, Tensor], Any]:
             made = list(make())
-            blobs = [np.frombuffer(plan_to_bytes(f.plan), np.uint8).copy() for f in made]
+            blobs = [np.frombuffer(plan_to_bytes(f.one), np.uint8).copy() for f in made]
             body = [(f.name, f.kind, f.evaluations, f.seconds) for f in made]
             return {str(i): torch.from_numpy(blob) for i, blob in enumerate(blobs)}, body
 
@@ -162,6 +173,9 @@ class _Job:
     candidates: int
     deadline: float
     data: Tensor | None
+    each: str | None
+    #: Of the training and the held-out noises, for plans that are one for all values of `each`.
+    few: tuple[Teacher, Teacher]
     say: Callable[[str], None]
     skipped: list[str] = field(default_factory=list)
     ems: EMS | None = None
@@ -186,6 +200,7 @@ def calibrate(
     cond: Mapping[str, Any] | None = None,
     guidance: float | None = None,
     uncond: Mapping[str, Any] | None = None,
+    each: str | None = None,
     methods: Sequence[str] = METHODS,
     noises: tuple[int, int, int] = (256, 128, 256),
     jacobian: str = "reverse",
@@ -216,9 +231,12 @@ def calibrate(
     cond: conditions; tensors, arrays and lists with one entry per prompt (as many as you like, used
         in turn), everything else is passed on.
     guidance, uncond: classifier-free guidance around the model, as in `fewstep.Guided`.
+    each: name of a condition that is one integer or string per prompt, a class for example: also
+        learn one plan for each of its values, from the "learned" plan that is one for all. A sample
+        then has the plan of its value, in one network call with samples of other values.
     methods: of "learned" (plans fitted in canonical form), "compensated" (DC-Solver), "statistics"
         (DPM-Solver-v3), "search" (USF / S^3).
-    noises: for fits, for the choice, for the report.
+    noises: for fits, for the choice, for the report; with `each`, of every value.
     jacobian: of learned plans: "reverse", "forward", or "differences" (network calls only: for
         compiled, quantised, half-precision or remote networks).
     first_step: whether learned plans may begin with a free step, from the mean of the data. Not
@@ -235,6 +253,7 @@ def calibrate(
     batch: samples per network call. seed: of all noises. device, dtype: of the state.
     """
     _check_arguments(model, methods, noises, budget, batch, candidates)
+    values = _values(each, cond or {}, methods)
     for name, value, accepted in (
         ("screen", screen, ("short", "all")),
         ("jacobian", jacobian, ("reverse", "forward", "differences")),
@@ -246,7 +265,7 @@ def calibrate(
     model = _guided(model, guidance, uncond)
     counts = _counts(nfe)
     shape = tuple(int(n) for n in shape)
-    total = sum(noises)
+    n, m, total = (int(k) * len(values or [0]) for k in np.cumsum(noises))
     pool = cycled(cond or {}, total)
     device = model.device if device is None else torch.device(device)
     known = fingerprint(model, shape, pool, total)
@@ -259,23 +278,24 @@ def calibrate(
         "screen": screen,
         "candidates": candidates,
         "batch": batch,
+        **({} if each is None else {"each": each}),
     }
     job_text = _described(model, shape, known, pool, noises, seed, dtype, data, settings)
     store = _Store(None if resume is None else Path(resume), job_text)
     counted = Counted(model)
-    units = 1 + len(counts) * (1 + len(methods))
+    units = 1 + len(counts) * (1 + len(methods) + (each is not None))
     deadline = math.inf if budget is None else time.monotonic() + budget
     with tqdm(total=units, disable=not progress, unit="part", delay=1) as bar:
         began = time.monotonic()
         bar.set_description("converged samples")
         teacher = _teacher(store, counted, shape, total, pool, seed, batch, device, dtype)
         bar.update()
-        n, m = noises[0], noises[0] + noises[1]
+        train, held = teacher[:n], teacher[n:m]
         job = _Job(
             counted,
             shape,
-            teacher[:n],
-            teacher[n:m],
+            train,
+            held,
             teacher[m:],
             store,
             seed,
@@ -287,6 +307,8 @@ def calibrate(
             candidates,
             deadline,
             data,
+            each,
+            (train[: noises[0]], held[: noises[1]]),
             bar.set_postfix_str,
         )
         found: dict[int, list[_Found]] = {}
@@ -295,6 +317,8 @@ def calibrate(
             found[count] = store.found(f"solver-{count}", lambda c=count: _solvers(job, c))
             bar.update()
         todo = [(m, c) for m in METHODS if m in methods for c in counts]
+        if each is not None:
+            todo += [("each", c) for c in counts]
         for i, (method, count) in enumerate(todo):
             bar.set_description(f"NFE {count}: {method}")
             left, share = job.left(), None
@@ -305,14 +329,18 @@ def calibrate(
             else:
                 # A part that a budget cut short is not kept: a later call may do better.
                 keep = store if share is None else _Store(None, "")
-                found[count] += keep.found(
+                made = keep.found(
                     f"{method}-{count}",
                     lambda m=method, c=count, s=share: _FITS[m](job, c, found[c], s),
                 )
+                if method == "each":
+                    assert each is not None
+                    made = [_together(each, values, found[count], made)]
+                found[count] += made
             bar.update()
         if any(f.kind == "statistics" for f in found[counts[-1]]):
             _statistics(job)  # from the folder, where plans were
-        plans: dict[int, Plan] = {}
+        plans: dict[int, Plan | PlansByValue] = {}
         lines: list[Candidate] = []
         robust: dict[str, dict[str, float]] = {}
         for count in counts:
@@ -376,6 +404,20 @@ def _check_arguments(
     for name, value in (("batch", batch), ("candidates", candidates)):
         if isinstance(value, bool) or not isinstance(value, Integral) or value < 1:
             raise ValueError(f"{name} = {value!r}; need an integer >= 1")
+
+
+def _values(each: str | None, cond: Mapping[str, Any], methods: Sequence[str]) -> list[int | str]:
+    """The values that have a plan each."""
+    if each is None:
+        return []
+    if each not in cond:
+        raise ValueError(unknown("each", each, cond))
+    if "learned" not in methods:
+        raise ValueError(f"each = {each!r} goes on from a learned plan; put 'learned' into methods")
+    values = list(dict.fromkeys(values_of(each, cond[each])))
+    if len(values) < 2:
+        raise ValueError(f"each = {each!r}: cond has one value of it, {values[0]!r}; leave it out")
+    return values
 
 
 def _guided(model: Model, guidance: float | None, uncond: Mapping[str, Any] | None) -> Model:
@@ -518,10 +560,10 @@ def _solvers(job: _Job, nfe: int) -> Iterator[_Found]:
         plans, names = screened(job.model, nfe, job.screen)
         if not plans:
             raise ValueError(f"nfe = {nfe}; no solver can spend exactly that")
-        few = job.held[:32]
-        rough = [score(e) for e in shared_errors(few, plans)]
+        held = job.few[1]
+        rough = [score(e) for e in shared_errors(held[:32], plans)]
         order = np.argsort(rough, kind="stable")[:24]
-        exact = shared_errors(job.held, [plans[i] for i in order])
+        exact = shared_errors(held, [plans[i] for i in order])
         ranked = sorted(range(len(order)), key=lambda k: score(exact[k]))[:8]
     for k in ranked:
         label = called(*names[order[k]])
@@ -533,15 +575,57 @@ def _learned(
 ) -> Iterator[_Found]:
     with job.cost() as spent:
         made = learn(
-            job.train,
-            job.held,
+            *job.few,
             _diverse(job, nfe, found),
             jacobian=job.jacobian,
             first_step=job.first_step,
+            iterations=_ITERATIONS if job.each is None else _SHARED,
             budget=budget,
             seed=job.seed,
         )
     yield _Found(made.name, "learned", made.plan, int(spent[0]), spent[1])
+
+
+def _each(job: _Job, nfe: int, found: Sequence[_Found], budget: float | None) -> Iterator[_Found]:
+    """For every value of a condition, its plan."""
+    assert job.each is not None
+    of = [values_of(job.each, t.cond[job.each]) for t in (job.train, job.held)]
+    values = dict.fromkeys(of[0])
+    guards = [f.one for f in found if f.kind == "solver"]
+    (start,) = (f.one for f in found if f.kind == "learned")
+    program = program_of(start)
+    if program.first_step:  # then from the mean of all data to that of the value's
+        mean, t = data_mean(job.few[0]), job.model.process.t_start
+        start = plan_of(asking(program, mean, t), job.model)
+    for value in values:
+        index = [[i for i, v in enumerate(its) if v == value] for its in of]
+        with job.cost() as spent:
+            made = learn(
+                job.train[index[0]],
+                job.held[index[1]],
+                [start],
+                guards=guards,
+                jacobian=job.jacobian,
+                iterations=_EACH,
+                budget=None if budget is None else budget / len(values),
+                seed=job.seed,
+            )
+        yield _Found(str(value), "each", made.plan, int(spent[0]), spent[1])
+
+
+def _together(
+    each: str, values: Sequence[int | str], found: Sequence[_Found], made: Sequence[_Found]
+) -> _Found:
+    """The plans of all values as one line of the report, with the cost of where they are from."""
+    plans = {v: f.one for v, f in zip(values, made, strict=True)}
+    spent = [*made, *(f for f in found if f.kind == "learned")]
+    return _Found(
+        f"one plan per {each}",
+        "each",
+        PlansByValue(each, plans),
+        sum(f.evaluations for f in spent),
+        sum(f.seconds for f in spent),
+    )
 
 
 def _diverse(job: _Job, nfe: int, found: Sequence[_Found], count: int = 4) -> list[Plan]:
@@ -566,7 +650,7 @@ def _compensated(
             continue
         with job.cost() as spent:
             try:
-                fit = fit_ratios(job.train, f.plan, held_out=job.held)
+                fit = fit_ratios(job.few[0], f.one, held_out=job.few[1])
             except ValueError:  # it has no history to compensate with
                 continue
         made += 1
@@ -599,9 +683,9 @@ def _statistics(job: _Job) -> EMS:
         blob = np.frombuffer(ems.to_bytes(), np.uint8).copy()
         return {"ems": torch.from_numpy(blob)}, None
 
-    clean = job.train.samples if job.data is None else job.data
+    clean = job.few[0].samples if job.data is None else job.data
     count = min(len(clean), _STATISTICS_SAMPLES) if job.data is None else len(clean)
-    cond = job.train.cond if job.data is None else cycled(job.train.cond, count)
+    cond = job.few[0].cond if job.data is None else cycled(job.train.cond, count)
     if job.ems is None:
         tensors, _ = job.store.part("statistics", make)
         job.ems = EMS.from_bytes(tensors["ems"].numpy().tobytes())
@@ -625,7 +709,7 @@ def _with_statistics(
                 except ValueError:
                     continue
                 names.append(f"{solver.name}{label} on {grid}")
-        errors = [score(e) for e in shared_errors(job.held, plans)]
+        errors = [score(e) for e in shared_errors(job.few[1], plans)]
     best = int(np.argmin(errors))
     yield _Found(names[best], "statistics", plans[best], int(spent[0]), spent[1])
 
@@ -649,8 +733,7 @@ def _searched(
 ) -> Iterator[_Found]:
     with job.cost() as spent:
         made = search(
-            job.train,
-            job.held,
+            *job.few,
             nfe,
             candidates=job.candidates,
             seconds=budget,
@@ -664,6 +747,7 @@ _FITS: dict[str, Callable[[_Job, int, Sequence[_Found], float | None], Iterator[
     "compensated": _compensated,
     "statistics": _with_statistics,
     "search": _searched,
+    "each": _each,
 }
 
 
@@ -690,7 +774,7 @@ def candidate(nfe: int, name: str, kind: str, test: Array, held: Array, **more: 
 
 def _robust(job: _Job, chosen: _Found, found: Sequence[_Found]) -> dict[str, float]:
     """Median error of the plan over that of the best solver as it is, where answers are rounded."""
-    plain = {f.name: f.plan for f in found if f.kind == "solver"}
+    plain = {f.name: f.one for f in found if f.kind == "solver"}
     seen = robustness(chosen.plan, plain, job.test[:64], seed=job.seed)
     return {name: r.ratio for name, r in seen.items()}
 

@@ -41,7 +41,6 @@ from .._process import Array
 from .._sampling import plan
 from ._jacobian import Machine, Walk
 from ._program import Program, Space, answered, plan_of, program_of
-from ._recalled import Recalled
 from ._teacher import Counted, Teacher
 
 __all__ = ["LOSSES", "WHAT", "Fit", "Learned", "Progress", "data_mean", "learn", "score"]
@@ -178,6 +177,7 @@ def learn(
     held: Teacher,
     starts: Sequence[Plan],
     *,
+    guards: Sequence[Plan] = (),
     jacobian: str = "reverse",
     what: str = "all",
     first_step: bool = True,
@@ -197,6 +197,7 @@ def learn(
     train, held: converged samples to fit, and to choose on: different noises.
     starts: hand-made plans of N evaluations; those of N + 1 begin with a free first step, their
         first evaluation answered by the mean of the data.
+    guards: hand-made plans of N evaluations that are not fitted, but must not be better either.
     jacobian: "reverse" (autograd, one network graph at a time), "forward" (exact, Jacobian-vector
         products), "differences" (network calls only).
     what: "all", or a restriction; see the top of this module. "times" need starts as compiled by
@@ -220,8 +221,8 @@ def learn(
     if len(held) < 2:
         raise ValueError(f"held has {len(held)} samples; need at least 2")
     return _Learner(
-        train, held, list(starts), jacobian, what, first_step, loss, iterations, budget,
-        evaluations, cap, probes, step, seed, each, resume,
+        train, held, list(starts), list(guards), jacobian, what, first_step, loss, iterations,
+        budget, evaluations, cap, probes, step, seed, each, resume,
     ).result()  # fmt: skip
 
 
@@ -233,6 +234,7 @@ class _Learner:
         train: Teacher,
         held: Teacher,
         starts: list[Plan],
+        guards: list[Plan],
         jacobian: str,
         what: str,
         first_step: bool,
@@ -258,7 +260,7 @@ class _Learner:
         self.begun = clock.perf_counter()
         self.progress = resume or Progress()
         self.before = (self.progress.evaluations, self.progress.seconds)
-        self.n = min(run.nfe for run in starts)
+        self.n = min(run.nfe for run in (*starts, *guards))
         if any(run.nfe > self.n + 1 for run in starts):
             raise ValueError(
                 f"starts have {sorted({run.nfe for run in starts})} evaluations; need N, or N + 1 "
@@ -268,20 +270,20 @@ class _Learner:
         scale = float(train.samples.double().square().mean().sqrt())
         error = train.error if math.isfinite(train.error) else 0.0
         self.delta = (1e-4 * scale) ** 2 + error**2
-        self.hand = [run for run in starts if run.nfe == self.n]
+        own = [run for run in starts if run.nfe == self.n]
+        self.hand = [*own, *guards]
         self.cap = cap * max(program_of(run).gain for run in self.hand if _is_program(run))
         if not self.progress.fits:
-            self._begin(starts, first_step)
+            self._begin(own, [run for run in starts if run.nfe > self.n], first_step)
         self.names = list(self.progress.start_errors)
         errors = self.progress.start_errors
         self.best_hand = min(range(len(self.hand)), key=lambda i: score(errors[self.names[i]]))
         self.reference = errors[self.names[self.best_hand]]
 
-    def _begin(self, starts: list[Plan], first_step: bool) -> None:
+    def _begin(self, own: list[Plan], longer: list[Plan], first_step: bool) -> None:
         """Errors of the hand-made plans, and the fits that start from them."""
-        longer = [run for run in starts if run.nfe == self.n + 1]
         if first_step and not longer:
-            longer = [run for run in map(self._longer, self.hand) if run is not None]
+            longer = [run for run in map(self._longer, own) if run is not None]
         seen: dict[str, Array] = {}
         for run in self.hand:
             name = base = _named(run)
@@ -289,7 +291,7 @@ class _Learner:
                 name = f"{base} ({sum(key.startswith(base) for key in seen) + 1})"
             seen[name] = self.held.errors(run)
         self.progress.start_errors = seen
-        for name, run in zip(seen, self.hand, strict=True):
+        for name, run in zip(seen, own, strict=False):  # which come first
             if _is_program(run):
                 self._add(name, program_of(run), run, False)
         if longer:
@@ -330,8 +332,7 @@ class _Learner:
         """Indices in `Space` of the numbers that a fit moves, directly or not."""
         space, n = self.space, self.n
         lam = space.vector(fit.base)[:n]
-        fixed = isinstance(self.model, Recalled)  # its first answer is for the start only
-        times = [space.place("t", k) for k in range(fixed, n) if np.isfinite(lam[k])]
+        times = [space.place("t", k) for k in range(n) if np.isfinite(lam[k])]
         if fit.what == "labels":
             return np.array(times)
         a = [space.place("a", k) for k in range(0 if fit.first_step else 1, n + 1)]
@@ -438,8 +439,7 @@ class _Learner:
         vector = self._vector(fit, at)
         if np.isnan(vector).any():
             return None
-        mean = self.progress.mean if fit.first_step else None
-        program = self.space.program(vector, replace(fit.base, mean=mean))
+        program = self.space.program(vector, fit.base)
         return program if program.gain <= self.cap or program.gain <= fit.base.gain else None
 
     def _judge(self, fit: Fit, program: Program) -> None:

@@ -20,6 +20,7 @@ _COLOURS = {
     "statistics": "#7570b3",
     "search": "#e6ab02",
     "learned": "#d95f02",
+    "each": "#a6006a",
 }
 _LABELS = {
     "solver": "best solver as it is",
@@ -27,6 +28,7 @@ _LABELS = {
     "statistics": "model statistics (DPM-Solver-v3)",
     "search": "searched (USF)",
     "learned": "learned plan",
+    "each": "learned, one plan per value",
 }
 _COLUMNS = 8
 #: How differences from the converged samples are shown.

@@ -29,7 +29,7 @@ from .._denoiser import Model, told_integers
 from .._plan import Call, Plan, Row
 from .._process import Array, Level, Process
 
-__all__ = ["Program", "Space", "answered", "plan_of", "program_of"]
+__all__ = ["Program", "Space", "answered", "asking", "plan_of", "program_of"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -106,6 +106,19 @@ def answered(program: Program, mean: Array) -> Program:
         np.asarray(mean, dtype=np.float64),
         program.end,
     )
+
+
+def asking(program: Program, mean: Array, time: float) -> Program:
+    """The inverse of `answered` with this mean: the same program with one evaluation more, of the
+    noise itself at this time, which has the place of the mean."""
+    if program.mean is None or not program.first_step:
+        raise ValueError("program: its first step is not free")
+    table = np.zeros((program.nfe + 2, program.nfe + 1))
+    table[1:, 0] = program.c * (np.vdot(program.mean, mean) / np.vdot(mean, mean))
+    table[1:, 1:] = program.b
+    a = np.array([1.0, *program.a])
+    times = np.array([time, *program.times])
+    return Program(times, a, table, np.zeros(len(a)), None, program.end)
 
 
 def plan_of(program: Program, model: Model, about: Mapping[str, str] | None = None) -> Plan:

@@ -32,6 +32,7 @@ from .._files import _parsed, plan_from_bytes, plan_to_bytes, read, to_bytes, wr
 from .._plan import Call, Plan, Row
 from .._process import Level
 from .._sampling import PlanSource, check_match, plan
+from ._by_value import PlansByValue
 from ._ems import EMS
 from ._fingerprint import differs, same_guidance
 
@@ -48,7 +49,8 @@ class Candidate:
     converged one from the same noise. median, rms (root mean square) and p90 are over the test
     noises, which no fit and no choice has seen; low, high: 95 % confidence interval of the median.
     held: median over the held-out noises, on which the choice was made.
-    kind: "solver", "compensated", "statistics", "search", "learned".
+    kind: "solver", "compensated", "statistics", "search", "learned", "each" (learned, one plan for
+        every value of a condition).
     evaluations, seconds: what finding it cost, in network evaluations of one sample.
     """
 
@@ -70,14 +72,15 @@ class Candidate:
 class Recipe(PlanSource):
     """Plans fitted to one network, and the report of how they were found. `print` shows it.
 
-    plans: by number of evaluations. candidates: everything that was compared.
+    plans: by number of evaluations; with `each`, for some a `PlansByValue`. candidates: everything
+        that was compared.
     process, prediction: in words. guidance: of the model, outermost first.
     shape: of one sample. known: the fingerprint of the network.
     statistics: model statistics (DPM-Solver-v3), if made. info: noises, teacher, versions.
     forced: use it with any network, guidance and process, and warn.
     """
 
-    plans: Mapping[int, Plan]
+    plans: Mapping[int, Plan | PlansByValue]
     candidates: tuple[Candidate, ...]
     process: str
     prediction: str
@@ -94,16 +97,14 @@ class Recipe(PlanSource):
         """The numbers of evaluations that it has plans for."""
         return tuple(sorted(self.plans))
 
-    def plan_for(self, model: Model, nfe: int | None = None) -> Plan:
-        """The plan for this model, refused if the recipe was not made for it.
+    def plan_for(
+        self, model: Model, nfe: int | None = None, cond: Mapping[str, Any] | None = None
+    ) -> Plan:
+        """The plan for this model and these conditions, refused if the recipe was not made for
+        them.
 
         A network without parameters is asked two questions about one sample, once, to know it."""
-        if nfe is None and len(self.plans) == 1:
-            nfe = self.nfes[0]
-        if nfe is None or nfe not in self.plans:
-            have = ", ".join(map(str, self.nfes))
-            raise ValueError(f"nfe = {nfe}; this recipe has plans for {have}")
-        run = self.plans[nfe]
+        run = self.one(nfe, cond)
         problems = self._problems(model)
         fits = ""
         try:
@@ -127,6 +128,17 @@ class Recipe(PlanSource):
                 stacklevel=4,
             )
         return moved(run, model) if fits else run
+
+    def one(self, nfe: int | None = None, cond: Mapping[str, Any] | None = None) -> Plan:
+        """The plan for these conditions, whatever the model. Hosts that do not know conditions
+        leave them out: refused where there is a plan for each value of one."""
+        if nfe is None and len(self.plans) == 1:
+            nfe = self.nfes[0]
+        if nfe is None or nfe not in self.plans:
+            have = ", ".join(map(str, self.nfes))
+            raise ValueError(f"nfe = {nfe}; this recipe has plans for {have}")
+        run = self.plans[nfe]
+        return run if isinstance(run, Plan) else run.plan(cond, 1 + len(self.shape))
 
     def _problems(self, model: Model) -> list[str]:
         out = []
@@ -183,8 +195,9 @@ class Recipe(PlanSource):
             if here.kind == "solver":
                 yield f"NFE {nfe}: no calibrated plan is better than {here.name}, which is kept"
             else:
+                how = here.name if here.kind == "each" else here.kind
                 yield (
-                    f"NFE {nfe}: {here.kind}, median error {plain.median / here.median:.2g} times "
+                    f"NFE {nfe}: {how}, median error {plain.median / here.median:.2g} times "
                     f"smaller than that of {plain.name}"
                 )
             width = max(len(c.name) for c in best.values())
@@ -210,13 +223,17 @@ class Recipe(PlanSource):
 
     def to_bytes(self) -> bytes:
         """The recipe as safetensors."""
-        tensors = {
-            f"plan.{n}": torch.from_numpy(np.frombuffer(plan_to_bytes(p), np.uint8).copy())
-            for n, p in self.plans.items()
-        }
+        tensors: dict[str, Tensor] = {}
+        each: dict[str, Any] = {}
+        for n, p in self.plans.items():
+            if isinstance(p, Plan):
+                tensors[f"plan.{n}"] = _bytes(plan_to_bytes(p))
+                continue
+            each[str(n)] = {"name": p.name, "values": list(p.plans)}
+            for i, one in enumerate(p.plans.values()):
+                tensors[f"each.{n}.{i}"] = _bytes(plan_to_bytes(one))
         if self.statistics is not None:
-            content = self.statistics.to_bytes()
-            tensors["statistics"] = torch.from_numpy(np.frombuffer(content, np.uint8).copy())
+            tensors["statistics"] = _bytes(self.statistics.to_bytes())
         tensors["fingerprint"] = torch.from_numpy(np.array(self.known["values"], np.float64))
         plain: dict[str, Any] = {}
         for name, value in self.known.get("cond", {}).items():
@@ -229,6 +246,7 @@ class Recipe(PlanSource):
             "shape": list(self.shape),
             "known": {"kind": self.known["kind"], "size": self.known["size"], "cond": plain},
             "info": dict(self.info),
+            **({"each": each} if each else {}),
         }
         return to_bytes(tensors, {"format": _FORMAT, "recipe": json.dumps(body)})
 
@@ -257,6 +275,10 @@ def as_it_is(model: Model, nfe: int, name: str) -> Plan:
     return plan(solver, model, nfe, grid=grid.removesuffix(" to min"), final=final)
 
 
+def _bytes(content: bytes) -> Tensor:
+    return torch.from_numpy(np.frombuffer(content, np.uint8).copy())
+
+
 def _put(tensors: dict[str, Tensor], plain: dict[str, Any], name: str, value: Any) -> None:
     if isinstance(value, Mapping):
         for key, part in value.items():
@@ -272,7 +294,14 @@ def recipe_from_bytes(content: bytes) -> Recipe:
     meta, tensors = _parsed(content, _FORMAT, "Recipe.save")
     try:
         body = json.loads(meta["recipe"])
-        plans: dict[int, Plan] = {}
+        plans: dict[int, Plan | PlansByValue] = {}
+        for n, its in body.get("each", {}).items():
+            ones = (tensors.pop(f"each.{n}.{i}").numpy() for i in range(len(its["values"])))
+            some = {
+                v: plan_from_bytes(one.tobytes())
+                for v, one in zip(its["values"], ones, strict=True)
+            }
+            plans[int(n)] = PlansByValue(its["name"], some)
         cond: dict[str, Any] = {}
         for name, value in {**tensors, **body["known"].pop("cond")}.items():
             kind, *where = name.split(".")

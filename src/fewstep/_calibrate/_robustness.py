@@ -15,6 +15,7 @@ from .._denoiser import Denoiser, Guided, Model, Wrapper
 from .._plan import Plan
 from .._process import Array, Level
 from .._sampling import plan
+from ._by_value import PlansByValue
 from ._teacher import Teacher, run_plan
 
 __all__ = ["Robustness", "robustness"]
@@ -73,7 +74,7 @@ def _in(model: Model, dtype: torch.dtype) -> Model:
 
 
 def robustness(
-    run: Plan,
+    run: Plan | PlansByValue,
     hand: Mapping[str, Plan] | Sequence[Plan],
     teacher: Teacher,
     *,

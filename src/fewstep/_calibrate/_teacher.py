@@ -16,6 +16,7 @@ from .._noise import Noise, start_noise
 from .._plan import Plan
 from .._process import Array, Level
 from .._sampling import plan
+from ._by_value import PlansByValue
 
 __all__ = [
     "Counted",
@@ -121,7 +122,7 @@ class Teacher:
     def __len__(self) -> int:
         return len(self.x)
 
-    def __getitem__(self, index: slice) -> Teacher:
+    def __getitem__(self, index: slice | list[int]) -> Teacher:
         """Some of the samples, with their conditions."""
         cond = taken(self.cond, index, len(self))
         return replace(self, x=self.x[index], samples=self.samples[index], cond=cond)
@@ -130,7 +131,7 @@ class Teacher:
         """The samples in batches."""
         return [slice(i, i + self.batch) for i in range(0, len(self), self.batch)]
 
-    def run(self, run: Plan, model: Model | None = None) -> Tensor:
+    def run(self, run: Plan | PlansByValue, model: Model | None = None) -> Tensor:
         """Samples of a plan from the same noises."""
         return run_plan(self.model if model is None else model, run, self.x, self.cond, self.batch)
 
@@ -141,14 +142,14 @@ class Teacher:
         rms = off.square().mean(1).sqrt().cpu().numpy()
         return np.where(np.isfinite(rms), rms, np.inf)
 
-    def errors(self, run: Plan, model: Model | None = None) -> Array:
+    def errors(self, run: Plan | PlansByValue, model: Model | None = None) -> Array:
         """`distances` of the samples of a plan, one batch of which is kept at a time."""
         parts = [self[part] for part in self.chunks()]
         return np.concatenate([part.distances(part.run(run, model)) for part in parts])
 
 
 def run_plan(
-    model: Model, run: Plan, x: Tensor, cond: Mapping[str, Any], batch: int = 256
+    model: Model, run: Plan | PlansByValue, x: Tensor, cond: Mapping[str, Any], batch: int = 256
 ) -> Tensor:
     """Samples of a plan from these states, in batches; not finite ones included, silently."""
     count, out = len(x), []
@@ -156,9 +157,10 @@ def run_plan(
         for i in range(0, count, batch):
             part = slice(i, i + batch)
             here = taken(cond, part, count)
-            state = run.start(x[part])
+            its = run if isinstance(run, Plan) else run.plan(here, x.ndim)
+            state = its.start(x[part])
             while not state.done:
-                output = model.output(*state.query(), run.asked(state.index), here)
+                output = model.output(*state.query(), its.asked(state.index), here)
                 state = state.advance(output)
             out.append(state.x)
     return torch.cat(out)

@@ -371,7 +371,7 @@ class Scheduler(SchedulerMixin, ConfigMixin):
         if nfe not in self._recipe.plans:
             have = ", ".join(map(str, self._recipe.nfes))
             raise ValueError(f"num_inference_steps = {nfe}; this recipe has plans for {have}")
-        run = self._recipe.plans[nfe]
+        run = self._recipe.one(nfe)
         if run.calls[0] is None:
             raise ValueError(
                 f"num_inference_steps = {nfe}: the recipe's plan begins with a step without the "
