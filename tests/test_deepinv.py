@@ -6,17 +6,13 @@ are at the end.
 
 from __future__ import annotations
 
-import contextlib
-import importlib.util
-import sys
-import warnings
-
 import numpy as np
 import pytest
 import torch
 
 import fewstep as fs
 import fewstep.deepinv as fd
+import peers
 from fewstep import exact
 
 PROCESSES = [fs.VP(), fs.Flow(), fs.EDM(), fs.DiscreteVP.linear()]
@@ -189,39 +185,9 @@ def test_mistakes(build, words):
 # ------------------------------------------------------------------- with the real package
 
 
-#: deepinv imports torchvision, which needs these operators when it is imported; its library brings
-#: none where it was built for another torch. Nobody calls them here.
-OPERATORS = """nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor
-qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor
-roi_align(Tensor x, Tensor rois, float scale, int h, int w, int ratio, bool aligned) -> Tensor
-roi_pool(Tensor x, Tensor rois, float scale, int h, int w) -> (Tensor, Tensor)
-ps_roi_align(Tensor x, Tensor rois, float scale, int h, int w, int ratio) -> (Tensor, Tensor)
-ps_roi_pool(Tensor x, Tensor rois, float scale, int h, int w) -> (Tensor, Tensor)
-deform_conv2d(Tensor i, Tensor w, Tensor o, Tensor m, Tensor b, int a, int c, int d, int e, int f,
- int g, int h, int j, bool k) -> Tensor"""
-
-
 @pytest.fixture(scope="module")
 def deepinv():
-    if importlib.util.find_spec("deepinv") is None:
-        pytest.skip("deepinv is not installed")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        try:
-            import torchvision  # noqa: F401
-        except RuntimeError:
-            library = torch.library.Library("torchvision", "FRAGMENT")
-            for operator in OPERATORS.replace("\n ", " ").splitlines():
-                with contextlib.suppress(RuntimeError):
-                    library.define(operator)
-            KEPT.append(library)  # its operators live as long as it does
-            for name in [n for n in sys.modules if n.split(".")[0] == "torchvision"]:
-                del sys.modules[name]
-        import deepinv
-    return deepinv
-
-
-KEPT: list = []
+    return peers.deepinv()
 
 
 @pytest.fixture(scope="module")
