@@ -414,7 +414,7 @@ def calibrate(
         size of a latent and however many prompts there are: with E bytes in a latent, N the largest
         nfe, n noises for fits (n / 2 for the choice, n for the report), b samples in a call
 
-            E ((6 N + 40) n + c b),   c = 4 N^2 with differences, 3 N + 3 in reverse mode,
+            E ((6 N + 50) n + c b),   c = 4 N^2 with differences, 3 N + 3 in reverse mode,
 
         and n is the most that fits, up to 256. Beside that there is the network's own call of b
         samples (b = 2^17 elements), in reverse mode with its graph; and at most 50 MiB of
@@ -445,9 +445,9 @@ def calibrate(
     least, most = max(noises), nfe if isinstance(nfe, int) else max(nfe, default=1)
     fixed = ours["batch"] * (4 * most**2 if ours["jacobian"] == "differences" else 3 * most + 3)
     state = elements * ours.get("dtype", torch.float32).itemsize / 2**30
-    fit = int((memory / state - fixed) / (6 * most + 40))
+    fit = int((memory / state - fixed) / (6 * most + 50))
     if fit < least:
-        need = state * ((6 * most + 40) * least + fixed)
+        need = state * ((6 * most + 50) * least + fixed)
         raise ValueError(
             f"memory = {memory} GiB is too little for noises = {noises} of shape {model.shape} at "
             f"nfe = {most}; give memory = {need:.1f} or more, fewer evaluations or smaller latents"
