@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import fewstep as fs
+from fewstep._calibrate import _calibrate
 from fewstep._calibrate._by_value import PlansByValue, values_of
 from fewstep._calibrate._calibrate import calibrate
 from fewstep._calibrate._program import answered, asking, plan_of, program_of
@@ -254,3 +255,26 @@ def test_quality_of_a_plan_per_class(nfe: int) -> None:
         plain = fresh[(label == k).nonzero()[:, 0].tolist()]
         best = as_it_is(model, nfe, made.best_uncalibrated(nfe).name)
         assert np.median(errors[label == k]) < np.median(plain.errors(best)) / 2
+
+
+def test_first_step_is_that_of_every_fit(monkeypatch):
+    """A host that hands its noise to the network cannot take a free step for any value."""
+    asked, real = [], _calibrate.learn
+
+    def learn(*args, first_step=True, **more):
+        asked.append(first_step)
+        return real(*args, first_step=first_step, **more)
+
+    monkeypatch.setattr(_calibrate, "learn", learn)
+    fs.calibrate(
+        fs.models.load("digits"),
+        (1, 8, 8),
+        nfe=2,
+        cond={"label": torch.tensor([1, 7])},
+        each="label",
+        noises=(8, 8, 8),
+        methods=["learned"],
+        first_step=False,
+        progress=False,
+    )
+    assert asked == [False] * 3  # the plan for all, and one for each value

@@ -606,6 +606,7 @@ def _each(job: _Job, nfe: int, found: Sequence[_Found], budget: float | None) ->
                 [start],
                 guards=guards,
                 jacobian=job.jacobian,
+                first_step=job.first_step,
                 iterations=_EACH,
                 budget=None if budget is None else budget / len(values),
                 seed=job.seed,

@@ -352,8 +352,9 @@ class Scheduler(SchedulerMixin, ConfigMixin):
         grid = as_grid(DEFAULT_GRID) if grid is None else grid
         if isinstance(process, Flow):  # a shift < 1 puts nodes below the default end
             process = replace(process, t_end=min(process.t_end, float(process.warp(1e-3))))
-        final = known.final
-        return plan(self._solver, process, nfe, grid=grid, final=final, predicts=known.prediction)
+        return plan(
+            self._solver, process, nfe, grid=grid, final=known.final, predicts=known.prediction
+        )
 
     def _listed(self, known: Described, process: Process, nodes: Sequence[float]) -> Plan:
         """The plan on these nodes, every step a full one."""
@@ -435,9 +436,9 @@ class _Run:
     @property
     def call(self) -> Any:
         """The evaluation that is next."""
-        state = self.state
-        index = next(k for k, c in enumerate(self.part.calls) if c is not None)
-        return self.part.calls[index if state is None else state.index]
+        if self.state is not None:
+            return self.part.calls[self.state.index]
+        return next(c for c in self.part.calls if c is not None)
 
     def find(self, timestep: Any) -> int:
         """Where in `timesteps` this one is (its first place)."""
