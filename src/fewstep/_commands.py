@@ -145,20 +145,7 @@ def sample_command(
     if labels is not None:
         cond = {"label": torch.tensor(labels, device=device)}
         denoiser = Guided(denoiser, guidance, bundled.uncond)
-    if recipe_file is not None:
-        given = {"solver": solver, "grid": grid, "final": final, "plan": plan_file}
-        for name, value in given.items():
-            if value is not None:
-                raise ValueError(f"{name} = {value}, but --recipe has its own; leave --{name} out")
-        chosen = Recipe.load(recipe_file).plan_for(denoiser, nfe, cond)
-    elif plan_file is None:
-        chosen = _plan(solver, denoiser, nfe, grid, final)
-    else:
-        given = {"solver": solver, "grid": grid, "nfe": nfe, "final": final}
-        for name, value in given.items():
-            if value is not None:
-                raise ValueError(f"{name} is fixed by the plan {plan_file}; leave --{name} out")
-        chosen = Plan.load(plan_file)
+    chosen = _chosen(denoiser, solver, grid, nfe, final, plan_file, recipe_file, cond)
     begin = time.perf_counter()
     if path and not chosen.stochastic:
         name = chosen.about.get("solver", "the plan")
@@ -423,6 +410,32 @@ def run() -> None:
 def _console() -> Console:
     # A pipe has no width: give it one that keeps every cell on a line.
     return Console(width=None if sys.stdout.isatty() else 480)
+
+
+def _chosen(
+    denoiser: Model,
+    solver: Any,
+    grid: Any,
+    nfe: int | None,
+    final: Any,
+    plan_file: Path | None,
+    recipe_file: Path | None,
+    cond: dict[str, Any] | None = None,
+) -> Plan:
+    """The plan that the options of a command name: compiled, of a file, or of a recipe."""
+    if recipe_file is not None:
+        given = {"solver": solver, "grid": grid, "final": final, "plan": plan_file}
+        for name, value in given.items():
+            if value is not None:
+                raise ValueError(f"{name} = {value}, but --recipe has its own; leave --{name} out")
+        return Recipe.load(recipe_file).plan_for(denoiser, nfe, cond)
+    if plan_file is None:
+        return _plan(solver, denoiser, nfe, grid, final)
+    given = {"solver": solver, "grid": grid, "nfe": nfe, "final": final}
+    for name, value in given.items():
+        if value is not None:
+            raise ValueError(f"{name} is fixed by the plan {plan_file}; leave --{name} out")
+    return Plan.load(plan_file)
 
 
 def _plan(

@@ -12,7 +12,6 @@ from typing import Annotated, Any
 import torch
 import typer
 
-from ._calibrate._recipe import Recipe
 from ._commands import (
     FinalName,
     GridName,
@@ -20,15 +19,14 @@ from ._commands import (
     Nfe,
     SolverName,
     _check_device,
+    _chosen,
     _imported,
     _integers,
     _labels,
-    _plan,
     app,
 )
 from ._denoiser import Guided, Model
 from ._generate import generate
-from ._plan import Plan
 from .models import find, load
 
 __all__ = ["generate_command"]
@@ -136,20 +134,7 @@ def generate_command(
         if pixels is None and format.value == "png":
             pixels = ",".join(map(str, bundled.data_range))
     denoiser = build()
-    if recipe_file is not None:
-        given = {"solver": solver, "grid": grid, "final": final, "plan": plan_file}
-        for name, value in given.items():
-            if value is not None:
-                raise ValueError(f"{name} = {value}, but --recipe has its own; leave --{name} out")
-        plan = Recipe.load(recipe_file).plan_for(denoiser, nfe)
-    elif plan_file is None:
-        plan = _plan(solver, denoiser, nfe, grid, final)
-    else:
-        given = {"solver": solver, "grid": grid, "nfe": nfe, "final": final}
-        for name, value in given.items():
-            if value is not None:
-                raise ValueError(f"{name} is fixed by the plan {plan_file}; leave --{name} out")
-        plan = Plan.load(plan_file)
+    plan = _chosen(denoiser, solver, grid, nfe, final, plan_file, recipe_file)
     there = generate(
         denoiser if ray is None else build,
         count,
