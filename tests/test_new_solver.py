@@ -83,7 +83,7 @@ def check(
     files = [str(TESTS / f"{name}.py") for name in (*FILES, *(FILES_OF_NOISE * (toy == NOISY)))]
     command = [sys.executable, "-m", "pytest", "-p", "toy_plugin", "-n", "0", *files, "-k", CHOSEN]
     done = subprocess.run(
-        [*command, "-o", "addopts=", "-m", "not slow", "-p", "no:cacheprovider", "-rf"],
+        [*command, "-o", "addopts=", "-m", "not slow", "-p", "no:cacheprovider", "-v", "-rf"],
         env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
         capture_output=True,
         text=True,
@@ -92,12 +92,15 @@ def check(
     return done.returncode, done.stdout + done.stderr
 
 
+def checks_of(text: str) -> set[str]:
+    """The test functions that passed. Of cases, a share is tried in turn: their number may change."""
+    return set(re.findall(r"::(test_\w+)\S* PASSED", text))
+
+
 def test_one_function_and_one_line_get_every_check(tmp_path):
     code, text = check(tmp_path, weight=0.5, order=2)
     assert code == 0, text[-3000:]
-    counted = re.search(r"(\d+) passed", text)
-    assert counted
-    assert int(counted[1]) >= 34
+    assert len(checks_of(text)) >= 20
 
 
 @pytest.mark.parametrize(
@@ -114,9 +117,7 @@ def test_a_wrong_one_fails(tmp_path, weight, order):
 def test_a_stochastic_one_gets_every_check(tmp_path):
     code, text = check(tmp_path, weight=0.5, order=2, toy=NOISY)
     assert code == 0, text[-3000:]
-    counted = re.search(r"(\d+) passed", text)
-    assert counted
-    assert int(counted[1]) >= 48
+    assert len(checks_of(text)) >= 26
 
 
 @pytest.mark.parametrize(
