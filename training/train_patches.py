@@ -18,9 +18,10 @@ https://arxiv.org/abs/2403.03206, section 3.1):
     loss = E | F(x_t, t) - (n - x) |^2.
 
 The rate rises over 200 steps, stays, and falls linearly over the last 30 %. Noise levels of a batch
-are spread evenly over their distribution (one per quantile). Weights in float32, products in bfloat16.
-A run that is killed goes on from its checkpoint with the same numbers. The losses, on the training
-part and on the held-out right-hand sides of the photographs, are kept in a CSV file and drawn.
+are spread evenly over their distribution (one per quantile). Weights in float32, products in
+bfloat16. A run that is killed goes on from its checkpoint with the same numbers. The losses, on the
+training part and on the held-out right-hand sides of the photographs, are kept in a CSV file and
+drawn.
 """
 
 from __future__ import annotations
@@ -28,7 +29,6 @@ from __future__ import annotations
 import argparse
 import copy
 import csv
-import math
 import time
 from pathlib import Path
 
@@ -48,7 +48,12 @@ DOCS = HERE.parent / "docs"
 SIGMA_MIN, SIGMA_MAX = 0.002, 80.0
 #: Noise levels of the loss table: sigma, and sigma / (1 + sigma) for t.
 SIGMAS_SHOWN = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0)
-COLUMNS = ["step", "seconds", "recent", *(f"{p} {s:g}" for p in ("train", "held") for s in SIGMAS_SHOWN)]
+COLUMNS = [
+    "step",
+    "seconds",
+    "recent",
+    *(f"{p} {s:g}" for p in ("train", "held") for s in SIGMAS_SHOWN),
+]
 
 
 def edm_residual(net: PatchesNet, x: Tensor, sigma: Tensor, noise: Tensor) -> Tensor:
@@ -248,7 +253,9 @@ def main() -> None:
     parser.add_argument("kind", choices=sorted(TIMES))
     parser.add_argument("--evaluate-only", action="store_true", help="use the stored weights")
     parser.add_argument("--out", type=Path, default=WEIGHTS, help="folder of the weights")
-    parser.add_argument("--picture", type=Path, help="draw learning curves and samples to this file")
+    parser.add_argument(
+        "--picture", type=Path, help="draw learning curves and samples to this file"
+    )
     parser.add_argument("--checkpoint", type=Path, default=Path("patches-checkpoint"))
     parser.add_argument("--steps", type=int, default=9_000)
     parser.add_argument("--batch", type=int, default=128)

@@ -1,12 +1,14 @@
 """The network of the bundled photograph models: a small residual U-Net on RGB images.
 
-Two models use it, each with its own weights: the raw network F of the EDM preconditioning (Karras et
-al., Elucidating the Design Space of Diffusion-Based Generative Models, 2022,
-https://arxiv.org/abs/2206.00364, section 5), and the velocity of a linear path (flow matching, Lipman
-et al., 2022, https://arxiv.org/abs/2210.02747). The denoisers that wrap it apply the scalings.
+Two models use it, each with its own weights: the raw network F of the EDM preconditioning (Karras
+et al., Elucidating the Design Space of Diffusion-Based Generative Models, 2022,
+https://arxiv.org/abs/2206.00364, section 5), and the velocity of a linear path (flow matching,
+Lipman et al., 2022, https://arxiv.org/abs/2210.02747). The denoisers that wrap it apply the
+scalings.
 
-It works on squares of 2x2 pixels (12 channels at half the side), where most of its arithmetic would
-otherwise be spent, and is convolutional: trained on 32x32, it takes any sides that are multiples of 8.
+It works on squares of 2x2 pixels (12 channels at half the side), for most of its arithmetic would
+be spent at full size otherwise, and is convolutional: trained on 32x32, it takes any sides that are
+multiples of 8.
 """
 
 from __future__ import annotations
@@ -19,9 +21,10 @@ from torch.nn.functional import avg_pool2d, interpolate, pixel_shuffle, pixel_un
 
 __all__ = ["SIGMA_DATA", "TIMES", "PatchesNet"]
 
-# Standard deviation of the training data over all pixels and crops (0.533), rounded; fixed by training.
+# Standard deviation of the training data over all pixels and crops (0.533), rounded; fixed by
+# training.
 SIGMA_DATA = 0.53
-#: Range that the network's time spans: log(sigma) / 4 for sigma from 0.002 to 80; and t of the flow.
+#: What the network's time spans: log(sigma) / 4 for sigma from 0.002 to 80; t of the flow.
 TIMES = {"edm": 2.65, "flow": 1.0}
 
 
@@ -49,8 +52,8 @@ class _Block(nn.Module):
 class PatchesNet(nn.Module):
     """Network F(x, time) for images (B, 3, H, W), H and W multiples of 8.
 
-    span: range of `time`, which the features of it resolve. The default sizes are those of the stored
-    weights.
+    span: range of `time`, which the features of it resolve. The default sizes are those of the
+    stored weights.
     """
 
     frequencies: Tensor

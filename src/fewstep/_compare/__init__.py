@@ -1,0 +1,1 @@
+"""Comparing samplers on one model: measurements, a report that a person opens, a recommendation."""
