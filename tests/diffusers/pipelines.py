@@ -23,10 +23,9 @@ import diffusers as hf
 import numpy as np
 import torch
 import transformers
-from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 
-import fewstep as fs
+from fewstep.diffusers import BundledUNet
 
 WORDS = ("a", "cat", "dog", "house", "in", "the", "snow", "red", "blue", "of")
 SCALED_LINEAR: dict[str, Any] = {
@@ -638,37 +637,16 @@ def dit() -> Tiny:
     return Tiny(pipe, {"class_labels": [1], "output_type": "np"}, transformer)
 
 
-class DigitsUNet(hf.ModelMixin, hf.ConfigMixin):
-    """The bundled digits model as a noise-predicting network of DDPM's 1,000 times.
-
-    Sample k of a batch is asked for the digit k mod 10. Times between the integers are understood.
-    """
-
-    @register_to_config
-    def __init__(self, sample_size: int = 8, in_channels: int = 1) -> None:
-        super().__init__()
-        self.digits = fs.models.load("digits")
-        self.path = fs.DiscreteVP.linear()
-        self.network = self.digits.network  # parameters: diffusers asks for their dtype
+class DigitsInTurn(BundledUNet):
+    """Sample k of a batch is the digit k mod 10."""
 
     def forward(self, sample: Tensor, timestep: Any, return_dict: bool = True) -> Any:
-        t = torch.as_tensor(timestep).double().expand(len(sample)).numpy()
-        level = self.path.level(t)
-        labels = torch.arange(len(sample)) % 10
-
-        def each(values: Any) -> Tensor:
-            return torch.from_numpy(np.asarray(values)).to(sample.dtype).reshape(-1, 1, 1, 1)
-
-        alpha, sigma = each(level.alpha), each(level.sigma)
-        data = self.digits(sample / alpha, torch.from_numpy(level.rho), label=labels)
-        noise = (sample - alpha * data) / sigma
-        if not return_dict:
-            return (noise,)
-        return hf.models.unets.unet_2d.UNet2DOutput(sample=noise)
+        self.label = torch.arange(len(sample)) % 10
+        return super().forward(sample, timestep, return_dict)
 
 
 def ddpm() -> Tiny:
-    unet = DigitsUNet()
+    unet = DigitsInTurn("digits", (8, 8), 1)
     pipe = hf.DDPMPipeline(unet, hf.DDPMScheduler(**LINEAR, clip_sample=False))
     return Tiny(pipe, {"batch_size": 10, "output_type": "np"}, unet)
 

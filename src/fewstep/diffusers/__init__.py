@@ -12,7 +12,16 @@ except ImportError as error:
         'fewstep.diffusers needs diffusers: pip install "fewstep[diffusers]"'
     ) from error
 
+from ._bundled import BundledUNet, pipeline
 from ._pipeline import PipelineDenoiser, calibrate, denoiser
 from ._scheduler import Scheduler, StepOutput
 
-__all__ = ["PipelineDenoiser", "Scheduler", "StepOutput", "calibrate", "denoiser"]
+__all__ = [
+    "BundledUNet",
+    "PipelineDenoiser",
+    "Scheduler",
+    "StepOutput",
+    "calibrate",
+    "denoiser",
+    "pipeline",
+]
