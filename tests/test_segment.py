@@ -148,3 +148,8 @@ def test_noise_of_ones_own():
         fs.add_noise(process, x, 0.4, noise=eps.T)
     with pytest.raises(ValueError, match="noise is int"):
         fs.add_noise(process, x, 0.4, noise=3)
+
+
+def test_a_list_upward_from_no_noise_is_refused():
+    with pytest.raises(ValueError, match="begins at sigma = 0"):
+        fs.plan("ddim", fs.VP(), grid=[0.0, 0.5], upward=True)
