@@ -73,7 +73,7 @@ def test_lists():
 
 
 @pytest.mark.parametrize(
-    "command", ["", "sample", "generate", "calibrate", "convert", "plan", "solvers", "models"]
+    "command", ["", *(str(command.name) for command in app.registered_commands)]
 )
 def test_help(command):
     result = CliRunner().invoke(app, [*command.split(), "--help"], env={"COLUMNS": "100"})

@@ -93,7 +93,7 @@ def check(
 
 
 def checks_of(text: str) -> set[str]:
-    """The test functions that passed. Of cases, a share is tried in turn: their number may change."""
+    """The test functions that passed. Of their cases a share is tried, so that numbers change."""
     return set(re.findall(r"::(test_\w+)\S* PASSED", text))
 
 

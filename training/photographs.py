@@ -3,7 +3,7 @@
 Nothing is downloaded. Licences are in the data card, `src/fewstep/exact/data/README.md`. Every
 photograph is reduced by 1.5, 2, 3 and 4; a crop is a random square of one of these at a random
 place, mirrored half the time. The right 30 % of every photograph are held out: no training crop
-touches them.
+reaches into them (resampling mixes a few pixels across the cut).
 """
 
 from __future__ import annotations

@@ -185,6 +185,7 @@ def train(kind: str, args: argparse.Namespace) -> None:
             "seed": str(seed),
         },
     )
+    (args.out / f"{name}.safetensors").chmod(0o644)
     with (HERE / f"{name}.csv").open("w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(COLUMNS)
@@ -200,7 +201,7 @@ def load(kind: str, folder: Path) -> PatchesNet:
 
 
 def picture(kind: str, to: Path) -> None:
-    """Learning curves from the CSV file, beside samples of the stored model and held-out crops."""
+    """Learning curves from the CSV file, beside samples of the stored model and training crops."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -211,8 +212,8 @@ def picture(kind: str, to: Path) -> None:
     samples = fs.sample(
         fs.models.load(f"patches-{kind}"), (64, 3, 32, 32), nfe=20, seed=0, progress=False
     )
-    data = to_float(Photographs(held_out=True).crops(64, np.random.default_rng(2))[0])
-    figure, axes = plt.subplots(1, 3, figsize=(15, 5), width_ratios=[1.3, 1, 1])
+    data = to_float(Photographs().crops(64, np.random.default_rng(2))[0])
+    figure, axes = plt.subplots(1, 3, figsize=(15, 5.2), width_ratios=[1.3, 1, 1])
     steps = [row["step"] for row in table]
     for number, sigma in enumerate(SIGMAS_SHOWN):
         for part, style in (("train", "-"), ("held", ":")):
@@ -225,10 +226,10 @@ def picture(kind: str, to: Path) -> None:
             )
     axes[0].set(xlabel="step", ylabel="mean square of F minus its target", yscale="log")
     axes[0].set_title("solid: training crops; dotted: held-out", fontsize=10)
-    axes[0].legend(fontsize=8, ncols=2)
+    axes[0].legend(fontsize=7, ncols=4, loc="upper center", bbox_to_anchor=(0.5, -0.12))
     for axis, images, title in (
         (axes[1], samples, "64 samples, 20 evaluations, seed 0, not chosen"),
-        (axes[2], data, "64 held-out crops of the photographs"),
+        (axes[2], data, "64 training crops"),
     ):
         grid = images.clamp(-1, 1).add(1).div(2).reshape(8, 8, 3, 32, 32)
         axis.imshow(grid.permute(0, 3, 1, 4, 2).reshape(256, 256, 3).numpy())
@@ -257,7 +258,7 @@ def main() -> None:
         "--picture", type=Path, help="draw learning curves and samples to this file"
     )
     parser.add_argument("--checkpoint", type=Path, default=Path("patches-checkpoint"))
-    parser.add_argument("--steps", type=int, default=9_000)
+    parser.add_argument("--steps", type=int, default=6_500)
     parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--rate", type=float, default=1e-3, help="peak learning rate")
     parser.add_argument("--decay", type=float, default=0.01, help="decoupled weight decay")

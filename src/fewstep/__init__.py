@@ -31,6 +31,9 @@ from ._calibrate._statistics import estimate_ems
 from ._calibrate._teacher import Teacher, teach
 from ._checkpoints import load_checkpoint
 from ._cld import CLD, CLDPlan, CLDStep, sample_cld
+from ._compare._compare import compare
+from ._compare._numbers import Comparison
+from ._compare._recommend import Recommendation, recommend
 from ._compiled import Compiled, compiled
 from ._convert import convert_checkpoint
 from ._denoiser import Denoiser, Guided, Model
@@ -107,6 +110,7 @@ __all__ = [
     "Centred",
     "Channel",
     "Choice",
+    "Comparison",
     "Compensation",
     "Compiled",
     "Cosine",
@@ -144,6 +148,7 @@ __all__ = [
     "ProbabilityFlow",
     "Process",
     "Recipe",
+    "Recommendation",
     "Record",
     "Robustness",
     "Row",
@@ -177,6 +182,7 @@ __all__ = [
     "chain",
     "churn",
     "clip",
+    "compare",
     "compensated",
     "compiled",
     "convert",
@@ -223,6 +229,7 @@ __all__ = [
     "predictions",
     "predictor_corrector",
     "probability_flow",
+    "recommend",
     "replaced",
     "restart",
     "restore",

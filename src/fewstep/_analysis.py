@@ -121,7 +121,8 @@ def _nodes(plan: Plan) -> list[float]:
 
 
 def _distinct(plan: Plan) -> list[float]:
-    return [t for t, _ in itertools.groupby(level.t for level in plan.levels)]
+    made = plan.levels[plan.given - 1 :]  # states that the run starts from are no steps
+    return [t for t, _ in itertools.groupby(level.t for level in made)]
 
 
 def _value(row: Row, states: Mapping[int, Any], outputs: Mapping[int, Any]) -> Any:
@@ -526,8 +527,7 @@ class Stability:
                 bbox={"boxstyle": "round,pad=0.15", "color": "white", "alpha": 0.8},
             )
         ax.axhline(0, color="0.6", linewidth=0.8)
-        ax.axvline(1, color="0.6", linewidth=0.8, linestyle=":")
-        ax.text(1, -0.73 * width, " constant data", rotation=90, va="bottom", color="0.4")
+        ax.axvline(1, color="0.6", linewidth=0.8, linestyle=":", label="s = 1: constant data")
         ax.set_xlabel("Re s" if sign > 0 else "Re -s")
         ax.set_ylabel("Im s")
         ax.set_title("stable inside; dy / dlambda = -s y", fontsize=10)
@@ -550,7 +550,10 @@ class Stability:
         ax.set_xlabel("step")
         ax.set_ylabel("real stiffness s" if self.h[0] > 0 else "real -s")
         ax.set_title("stable interval of every step", fontsize=10)
-        ax.legend(fontsize=8)
+        # Below: bars may be anywhere.
+        ax.legend(
+            loc="upper center", bbox_to_anchor=(0.5, -0.13), ncols=3, fontsize=8, frameon=False
+        )
 
 
 def _interval(frozen: _Frozen, h: float) -> tuple[float, float]:

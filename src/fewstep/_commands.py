@@ -1,4 +1,4 @@
-"""The commands: sample, calibrate, plan, solvers, models. generate and convert have own modules."""
+"""The commands: sample, calibrate, plan, solvers, models. The others have modules of their own."""
 
 from __future__ import annotations
 
@@ -326,7 +326,11 @@ def plan_command(
         bool, typer.Option("--explain", help="Formula, order, stability, sources, other names.")
     ] = False,
     plot: Annotated[
-        Path | None, typer.Option(help="Draw the stability regions of the steps to this picture.")
+        Path | None,
+        typer.Option(
+            help="Draw nodes, steps, orders, coefficients and stability (or what is drawn) to this "
+            "picture; with several grids, --grid softened,karras, the nodes of all."
+        ),
     ] = None,
     save: Annotated[Path | None, typer.Option(help="Also write the plan to this file.")] = None,
 ) -> None:
@@ -335,24 +339,33 @@ def plan_command(
     Example: fewstep plan dpmpp_3m --process flow --shift 3 --nfe 6 --explain
     """
     more: dict[str, Any] = {"upward": upward, "start": _start(start)}
+    if plot is not None:
+        _check_picture(plot, "plot")
+    on: Process | Model
     if model is not None:
-        made = _plan(solver, load(model), nfe, grid, final, **more)
+        on = load(model)
     else:
         if process not in PROCESSES:
             raise ValueError(unknown("process", process, PROCESSES))
         if shift is not None and process != "flow":
             raise ValueError(f"shift = {shift} belongs to --process flow, not {process}")
-        chosen = PROCESSES[process]() if shift is None else Flow(shift=shift)
-        made = _plan(solver, chosen, nfe, grid, final, predicts=predicts, **more)
-    shown = made.fuse() if fused else made
-    print(shown)
-    if explain:
-        print(f"\n{made.explain()}")
+        on = PROCESSES[process]() if shift is None else Flow(shift=shift)
+        more["predicts"] = predicts
+    names = [grid] if grid is None else [part.strip() for part in grid.split(",")]
+    several = len(names) > 1 and any(name in grids for name in names)
+    if several and save is not None:
+        raise ValueError(f"grid = {grid} are {len(names)} grids, but --save writes one plan")
+    made = [_plan(solver, on, nfe, name, final, **more) for name in (names if several else [grid])]
+    shown = [one.fuse() if fused else one for one in made]
+    for one, its in zip(made, shown, strict=True):
+        print(its)
+        if explain:
+            print(f"\n{one.explain()}")
     if plot is not None:
-        made.stability().plot(plot)
+        shown[0].plot(plot, *shown[1:])
         print(f"drawn to {plot}")
     if save is not None:
-        shown.save(save)
+        shown[0].save(save)
         print(f"saved to {save}")
 
 
@@ -525,12 +538,12 @@ def _labels(bundled: Bundled, text: str | None, count: int) -> list[int] | None:
     return [wanted[i % len(wanted)] for i in range(count)]
 
 
-def _check_picture(out: Path) -> None:
+def _check_picture(out: Path, name: str = "out") -> None:
     """Refuse a picture that cannot be written before any work is done."""
     if out.suffix.lower() not in Image.registered_extensions():
-        raise ValueError(f"out = {out}; give a picture's name, such as samples.png")
+        raise ValueError(f"{name} = {out}; give a picture's name, such as samples.png")
     if not out.resolve().parent.is_dir():
-        raise ValueError(f"out = {out}: the folder {out.resolve().parent} does not exist")
+        raise ValueError(f"{name} = {out}: the folder {out.resolve().parent} does not exist")
 
 
 def _write_grid(images: np.ndarray, out: Path, columns: int) -> None:
@@ -549,7 +562,7 @@ def _write_grid(images: np.ndarray, out: Path, columns: int) -> None:
     Image.fromarray(canvas.squeeze(2) if channels == 1 else canvas).save(out)
 
 
-from . import _generate_command  # noqa: E402, F401  (it uses what is above, and adds itself)
+from . import _compare_command, _generate_command  # noqa: E402, F401  (use what is above)
 from ._convert import convert_command  # noqa: E402
 
 app.command("convert")(convert_command)

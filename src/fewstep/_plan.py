@@ -494,6 +494,14 @@ class Plan:
         self._of_one("explain")
         return explain(self)
 
+    def plot(self, target: str | os.PathLike[str], *others: Plan) -> None:
+        """Draw the plan to a picture file: nodes, steps and orders, when the network is asked and
+        what it is told, the coefficients of every row, and regions of stability or what is drawn.
+        With others: the nodes and steps of all of them, one below the other. Needs matplotlib."""
+        from ._plan_picture import draw
+
+        draw(self, target, *others)
+
     def fuse(self) -> Plan:
         """The same sampler with one linear combination after each network call."""
         from ._transform import fuse

@@ -103,8 +103,8 @@ def plan(
         nodes = times(part, grid, count, final, rounds)[:: -1 if upward else 1]
     if upward and float(process.level(np.asarray(nodes[0])).sigma) == 0:
         raise ValueError(
-            f"grid = {grid!r} begins at sigma = 0, where a sample does not tell its noise; begin an "
-            "upward run at the least noise the network knows"
+            f"grid = {grid!r} begins at sigma = 0, where a sample does not tell its noise; begin "
+            "an upward run at the least noise the network knows"
         )
     first = part.t_end if upward else part.t_start
     if start is not None and nodes[0] != first:

@@ -60,12 +60,14 @@ from ._denoiser import Model
 from ._plan import Plan
 from ._prediction import unknown
 from ._process import Array
+from .models import classifier
 
 __all__ = [
     "DensityCoverage",
     "ErrorSummary",
     "Estimate",
     "PrecisionRecall",
+    "bundled_features",
     "density_coverage",
     "energy_distance",
     "error_ratio",
@@ -673,6 +675,19 @@ def features(
     with torch.no_grad():
         parts = [network(v if device is None else v.to(device)) for v in samples.split(batch)]
     return torch.cat([v.reshape(len(v), -1).cpu() for v in parts])
+
+
+def bundled_features(
+    name: str, *, device: torch.device | str = "cpu"
+) -> Callable[[Tensor], Tensor]:
+    """The features of a network that ships with the package, as a `network` of `features`: those of
+    `models.classifier(name)`, which `models.find(model).features` names for a bundled model.
+
+    For images like those of that model only: (n, 1, 8, 8) digits, (n, 3, 32, 32) crops of
+    photographs. They have mean 0 and standard deviation 1 over the data, so that the square of one
+    of these is the unit of a Frechet distance; `models.data_features(name)` are those of the data.
+    """
+    return classifier(name, device).features
 
 
 def inception(

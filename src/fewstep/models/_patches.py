@@ -28,6 +28,11 @@ SIGMA_DATA = 0.53
 TIMES = {"edm": 2.65, "flow": 1.0}
 
 
+def _zero(conv: nn.Conv2d) -> None:
+    for p in conv.parameters():
+        nn.init.zeros_(p)
+
+
 class _Block(nn.Module):
     """skip(h) + conv(silu(scale(e) * norm(conv(silu(norm(h)))) + shift(e))), h (B, C, H, W)."""
 
@@ -39,9 +44,7 @@ class _Block(nn.Module):
         self.middle = nn.GroupNorm(8, narrow, affine=False)
         self.outer = nn.Conv2d(narrow, narrow, 3, padding=1)
         self.skip = nn.Conv2d(wide, narrow, 1) if wide != narrow else nn.Identity()
-        # Each block starts as its skip, so that depth does not slow the first steps.
-        nn.init.zeros_(self.outer.weight)
-        nn.init.zeros_(self.outer.bias)
+        _zero(self.outer)  # each block starts as its skip: depth does not slow the first steps
 
     def forward(self, h: Tensor, e: Tensor) -> Tensor:
         u = self.inner(silu(self.norm(h)))
@@ -80,8 +83,7 @@ class PatchesNet(nn.Module):
         )
         self.norm = nn.GroupNorm(8, widths[0])
         self.leave = nn.Conv2d(widths[0], 12, 3, padding=1)
-        nn.init.zeros_(self.leave.weight)
-        nn.init.zeros_(self.leave.bias)
+        _zero(self.leave)
 
     def forward(self, x: Tensor, time: Tensor) -> Tensor:
         """Evaluate F.
@@ -90,6 +92,10 @@ class PatchesNet(nn.Module):
         time: (B,) or (); log(sigma) / 4 or t.
         Returns F of the shape and dtype of x; computed in the dtype of the weights.
         """
+        if x.ndim != 4 or x.shape[1] != 3 or x.shape[2] % 8 or x.shape[3] % 8:
+            raise ValueError(
+                f"x has shape {tuple(x.shape)}; need (B, 3, H, W) with H and W multiples of 8"
+            )
         batch, dtype = x.shape[0], self.enter.weight.dtype
         angle = time.to(dtype).expand(batch)[:, None] * self.frequencies.to(dtype)
         features = torch.cat([angle.cos(), angle.sin()], dim=-1)
