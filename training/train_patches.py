@@ -240,12 +240,34 @@ def picture(kind: str, to: Path) -> None:
     print(to)
 
 
-def evaluate(kind: str, folder: Path) -> None:
-    """Print the losses of the stored weights per noise level."""
-    row = losses(kind, load(kind, folder), 2048)
+def evaluate(kind: str, folder: Path, count: int = 1000) -> None:
+    """Judge the stored weights: losses per noise level, features of samples, copies."""
+    net = load(kind, folder)
+    row = losses(kind, net, 2048)
     print("  sigma     training    held-out")
     for i, sigma in enumerate(SIGMAS_SHOWN):
         print(f"{sigma:7.2f}  {row[i]:11.4f} {row[i + len(SIGMAS_SHOWN)]:11.4f}")
+
+    predicts = {"edm": (fs.EDM(), fs.edm(SIGMA_DATA)), "flow": (fs.Flow(), "flow")}[kind]
+    model = fs.Denoiser(net, *predicts)
+    features = fs.metrics.bundled_features("photographs")
+    data = fs.models.data_features("photographs")
+    known = to_float(Photographs().crops(20_000, np.random.default_rng(3))[0])
+    fresh = to_float(Photographs().crops(count, np.random.default_rng(4))[0])
+    held_out = to_float(Photographs(held_out=True).crops(count, np.random.default_rng(4))[0])
+    print(f"{count} images         Frechet to the data    nearest of 20,000 training crops")
+
+    def line(name: str, x: Tensor) -> None:
+        distance = fs.metrics.frechet_distance(fs.metrics.features(x, features), data)
+        nearest = torch.cdist(x.flatten(1), known.flatten(1)).min(dim=1).values / 3072**0.5
+        print(f"{name:18s}  {distance!s:24s}  median {nearest.median().item():.3f}", flush=True)
+
+    line("training crops", fresh)
+    line("held-out crops", held_out)
+    with torch.no_grad():
+        for nfe in (5, 8, 20, 100):
+            x = fs.sample(model, (count, 3, 32, 32), nfe=nfe, seed=0, progress=False)
+            line(f"samples, NFE {nfe}", x)
 
 
 def main() -> None:

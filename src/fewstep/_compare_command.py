@@ -148,8 +148,10 @@ def compare_command(
 
     Example: fewstep compare --model digits --solvers dpmpp_2m,unipc_3,flow_ipndm_2 --nfe 3-8
     """
+    from ._compare._figures import new_figure
     from ._compare._report import write
 
+    new_figure()  # without matplotlib it is said now, and not when everything has been measured
     if not out.resolve().parent.is_dir():
         raise ValueError(f"out = {out}: the folder {out.resolve().parent} does not exist")
     if out.exists() and not out.is_dir():

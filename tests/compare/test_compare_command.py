@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import csv
 import re
+import subprocess
+import sys
 
 import pytest
 from typer.testing import CliRunner
@@ -151,3 +153,15 @@ def test_ranges_of_numbers():
     for bad in ("", "3-", "-3", "3,,4", "a"):
         with pytest.raises(ValueError, match="nfe ="):
             _ranges(bad)
+
+
+def test_without_matplotlib_it_says_so_before_it_measures(tmp_path):
+    code = (
+        "import sys; sys.modules['matplotlib.figure'] = None\n"
+        "from fewstep._cli import main\n"
+        f"sys.argv = ['fewstep', 'compare', '--out', {str(tmp_path / 'report')!r}]; main()"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert 'pip install "fewstep[plot]"' in done.stderr
+    assert "needs at most" not in done.stdout

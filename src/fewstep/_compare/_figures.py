@@ -14,7 +14,17 @@ from numpy.typing import NDArray
 from ..metrics import Estimate
 from ._numbers import Comparison
 
-__all__ = ["MEASURES", "axis", "chart", "measured", "ranked", "resized", "sheet", "strip"]
+__all__ = [
+    "MEASURES",
+    "axis",
+    "chart",
+    "measured",
+    "new_figure",
+    "ranked",
+    "resized",
+    "sheet",
+    "strip",
+]
 
 Images = NDArray[np.uint8]
 
@@ -85,7 +95,8 @@ def ranked(comparison: Comparison, key: str) -> list[str]:
 # Charts
 
 
-def _figure(**settings: Any) -> Any:
+def new_figure(**settings: Any) -> Any:
+    """An empty figure; refused without matplotlib."""
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
@@ -109,7 +120,7 @@ def chart(comparisons: Sequence[Comparison], keys: Sequence[str]) -> bytes:
     drawn = [(c, found[0]) for c, found in having if found]
     columns = min(3, max(1, len(drawn)))
     rows = max(1, math.ceil(len(drawn) / columns))
-    figure = _figure(figsize=(max(7.0, 5.0 * columns), 4.2 * rows + 0.9), layout="constrained")
+    figure = new_figure(figsize=(max(7.0, 5.0 * columns), 4.2 * rows + 0.9), layout="constrained")
     # In turn the best of every model, so that a method looks the same in all panels.
     turns = zip_longest(*(ranked(c, key) for c, key in drawn))
     best = list(dict.fromkeys(m for turn in turns for m in turn if m is not None))
@@ -251,7 +262,7 @@ def sheet(comparison: Comparison) -> bytes:
             found = pictures.get((name, 0 if name == "converged" else nfe))
             canvas[y : y + tall, x : x + wide] = 235 if found is None else cell(found)
     dpi = 100
-    figure = _figure(figsize=(across / dpi, down / dpi), dpi=dpi)
+    figure = new_figure(figsize=(across / dpi, down / dpi), dpi=dpi)
     figure.figimage(canvas.repeat(3 // channels, axis=2), 0, 0, origin="upper")
 
     def label(x: float, y: float, text: str, **looks: Any) -> None:

@@ -76,11 +76,13 @@ class Comparison:
 
     @property
     def methods(self) -> tuple[str, ...]:
-        """Methods, those with the smallest geometric mean of medians first."""
+        """Methods, best first: by the geometric mean of their median over the smallest one at the
+        same nfe. (Of the medians alone, methods that ran only at large nfe would be the best.)"""
         logs: dict[str, list[float]] = {}
-        with np.errstate(divide="ignore"):
+        with np.errstate(divide="ignore", invalid="ignore"):
             for line in self.lines:
-                logs.setdefault(line.method, []).append(float(np.log(line.median.value)))
+                over = np.log(line.median.value) - np.log(self.best(line.nfe).median.value)
+                logs.setdefault(line.method, []).append(0.0 if line.best else float(over))
         return tuple(sorted(logs, key=lambda m: np.mean(logs[m])))
 
     def at(self, nfe: int) -> list[Line]:
