@@ -408,13 +408,15 @@ def _several(new: Callable[..., Any], plans: Sequence[Plan]) -> Any:
         colour, mark = _COLOURS[1 + i % len(_MARKS)], _MARKS[i % len(_MARKS)]
         xs = [place(level.lam) for level in plan.levels]
         above.plot(xs, [i] * len(xs), color=colour, linewidth=1.2, zorder=1)
-        for x, level, call in zip(xs, plan.levels, plan.calls, strict=True):
-            _dot(above, x, i, float(level.lam), call is not None, colour, mark)
+        asked = {x for x, call in zip(xs, plan.calls, strict=True) if call is not None}
+        # A corrected state lies on the one that was asked about: the place is filled.
+        for x, lam in {x: float(v.lam) for x, v in zip(xs, plan.levels, strict=True)}.items():
+            _dot(above, x, i, lam, x in asked, colour, mark)
         with np.errstate(invalid="ignore"):
             h = np.diff(np.array([float(level.lam) for level in plan.levels]))
-        k = np.arange(plan.given, len(plan.levels))
         h = h[plan.given - 1 :]
-        fine = np.isfinite(h) & (h != 0)
+        h = h[h != 0]
+        k, fine = np.arange(1, len(h) + 1), np.isfinite(h)
         below.plot(k[fine], np.abs(h[fine]), f"{mark}-", color=colour, label=name)
     above.set_yticks(range(len(plans)), names)
     above.set_ylim(len(plans) - 0.5, -0.5)
@@ -422,7 +424,7 @@ def _several(new: Callable[..., Any], plans: Sequence[Plan]) -> Any:
     below.set_yscale("log")
     below.yaxis.set_major_formatter("{x:.3g}")
     below.yaxis.set_minor_formatter("{x:.3g}")
-    below.set_xlabel("row")
+    below.set_xlabel("step")
     below.set_ylabel("|h|, step in $\\lambda$")
     below.set_title("sizes of the finite steps", fontsize=9)
     below.grid(which="both", alpha=0.25)
