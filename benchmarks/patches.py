@@ -54,7 +54,7 @@ from fewstep._sampling import DEFAULT_GRID, DEFAULT_SOLVER
 CACHE = Path(__file__).parent / ".cache" / "patches"
 MODELS = ("patches-edm", "patches-flow")
 NFES = (4, 5, 6, 8, 10, 15, 20)
-GRIDS = ("softened", "lambda", "karras", "arctan", "uniform", "quadratic")
+GRIDS = ("softened_8", "softened", "lambda", "karras", "uniform", "quadratic")
 #: Where calibrated samplers are fitted, and where distributions are compared.
 CALIBRATED, DISTRIBUTIONS = (5, 6, 8, 10), (5, 8, 10)
 #: Noises of each of the two reports; on which grids are chosen, up to 10 evaluations and above;
@@ -65,7 +65,7 @@ FRECHET_SAMPLES = 512
 LEARNING, SEARCHING = 30_000, 20_000
 #: Of the model's statistics: samples and levels; noises and grids on which a table is chosen.
 EMS_SAMPLES, EMS_LEVELS, EMS_HELD = 48, 80, 16
-EMS_GRIDS = ("lambda", "softened", "uniform")
+EMS_GRIDS = ("lambda", "softened", "softened_8")
 #: Seeds of the noises: two reports, the choice of grids, fits, samples, converged samples.
 REPORTS, CHOOSING, FITTING, SAMPLES, REFERENCE = (0, 1), 2, 3, 4, 5
 #: Solvers whose distribution is always looked at: the default, and what users have.

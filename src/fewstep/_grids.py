@@ -19,7 +19,8 @@ from lambda = log(1e-3).
     exponential  log(sigma / alpha) uniform: the same as lambda, by its k-diffusion name
     karras       rho^(1/7) uniform, rho = sigma / alpha                 (EDM, 2206.00364, eq. 5)
     edm          the same between rho = 80 and 0.002 at most            (EDM, official sampler)
-    softened     (rho / (rho + 4))^(1/2.5) uniform                      (ours; the default)
+    softened     (rho / (rho + 4))^(1/2.5) uniform                      (ours)
+    softened_8   (rho / (rho + 8))^(1/2.5) uniform                      (ours; the default)
     arctan       atan(rho / 0.5) uniform                                (AYS, 2404.14507)
     lambda_zero, karras_zero: `replaced` lambda and karras: no evaluation at t_end
     ays_sd15, ays_sdxl, ays_if, ays_svd: tables of rho, log rho linear in the step between
@@ -47,6 +48,7 @@ from ._prediction import unknown
 from ._process import Array, Process
 
 __all__ = [
+    "DEFAULT_GRID",
     "Grid",
     "arctan",
     "as_grid",
@@ -61,6 +63,10 @@ __all__ = [
     "tabulated",
     "times",
 ]
+
+
+# Chosen by benchmarks/defaults.py; see `softened`.
+DEFAULT_GRID = "softened_8"
 
 
 @dataclass(frozen=True)
@@ -190,9 +196,10 @@ def softened(scale: float = 4.0, power: float = 2.5) -> Grid:
     """(rho / (rho + scale))^(1 / power) uniform in rho = sigma / alpha: the same noise levels on
     every process, from pure noise (alpha = 0) to sigma = 0, both included.
 
-    scale = inf is Karras, power = 1 the uniform grid of a flow of shift `scale`. Chosen on
-    image-like problems (benchmarks/defaults.py), where scale 3 to 4 with power 2 to 3 is a plateau
-    for data of standard deviation 0.5 to 0.75; scale should grow with that of the data.
+    scale = inf is Karras, power = 1 the uniform grid of a flow of shift `scale`. The scale should
+    grow with that of the data's strongest mode, which grows with the number of pixels: 3 to 4 is
+    best for 8x8 digits, 8 to 12 for photographs of 32x32 (benchmarks/defaults.py). 8, "softened_8",
+    is the default; 4 is "softened".
     """
     if not (0 < scale < math.inf and power > 0):
         raise ValueError(f"scale = {scale}, power = {power}; need positive numbers")
@@ -206,8 +213,8 @@ def softened(scale: float = 4.0, power: float = 2.5) -> Grid:
     def place(process: Process, steps: int, final: str) -> Array:
         return _in_share(process, steps, final, share, inverse)
 
-    default = (scale, power) == (4.0, 2.5)
-    return Grid("softened" if default else f"softened({scale:g}, {power:g})", place)
+    named = {(4.0, 2.5): "softened", (8.0, 2.5): "softened_8"}
+    return Grid(named.get((scale, power), f"softened({scale:g}, {power:g})"), place)
 
 
 def arctan(scale: float = 0.5) -> Grid:
@@ -385,6 +392,7 @@ grids: dict[str, Grid] = {
         karras(),
         karras(low=0.002, high=80.0, name="edm"),
         softened(),
+        softened(8.0),
         arctan(),
         replaced(Grid("lambda", _lambda), "lambda_zero"),
         replaced(karras(), "karras_zero"),

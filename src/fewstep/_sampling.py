@@ -14,7 +14,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ._denoiser import Model, told_integers
-from ._grids import Grid, times
+from ._grids import DEFAULT_GRID, Grid, times
 from ._noise import Noise, as_source, start_noise
 from ._plan import Call, Hook, Plan, State, shown
 from ._prediction import Prediction, as_prediction
@@ -34,11 +34,10 @@ __all__ = [
     "steps",
 ]
 
-# Chosen by benchmarks/defaults.py on digits, photograph patches and the trained digits network, on
-# six processes, for 4 to 20 evaluations, and by benchmarks/guidance.py; two-dimensional toys would
-# have chosen otherwise.
+# Chosen by benchmarks/defaults.py, as is the default grid, on networks trained on digits and on
+# photographs and on exact digits and patches, for 4 to 20 evaluations, and by
+# benchmarks/guidance.py; two-dimensional toys would have chosen otherwise.
 DEFAULT_SOLVER = "flow_ipndm_2"
-DEFAULT_GRID = "softened"
 
 
 def plan(

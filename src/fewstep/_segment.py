@@ -13,7 +13,7 @@ from numpy.typing import ArrayLike
 from torch import Tensor
 
 from ._denoiser import Model
-from ._grids import as_grid, times
+from ._grids import DEFAULT_GRID, as_grid, times
 from ._noise import Noise
 from ._prediction import unknown
 from ._process import Array, Level, Process
@@ -133,7 +133,7 @@ def add_noise(
     seed: int | Sequence[int] = 0,
     first: int = 0,
     noise: Tensor | None = None,
-    grid: Any = "softened",
+    grid: Any = DEFAULT_GRID,
     final: str = "zero",
 ) -> Tensor:
     """alpha x + sigma eps at the level that `start` names: what a run with this `start` begins

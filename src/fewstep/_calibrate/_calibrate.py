@@ -66,7 +66,7 @@ _SOLVERS = (
     "bdia_per_step",
     "deis_tab3",
 )
-_GRIDS = ("softened", "lambda", "karras", "arctan", "uniform", "quadratic")
+_GRIDS = ("softened_8", "softened", "lambda", "karras", "arctan", "uniform", "quadratic")
 #: Compensation is for methods with a history; statistics have orders and correctors.
 _COMPENSATED = 2
 _STATISTICS_SAMPLES = 256
@@ -704,7 +704,7 @@ def _with_statistics(
         if job.reduction != "scalar":
             tables[", mean"] = ems.reduced("scalar")
         for label, solver in ((k, v) for k, e in tables.items() for v in v3_variants(e)):
-            for grid in ("lambda", "softened", "karras", "arctan", "uniform"):
+            for grid in ("lambda", "softened", "softened_8", "karras", "arctan", "uniform"):
                 try:
                     plans.append(plan(solver, job.model, nfe, grid=grid))
                 except ValueError:

@@ -68,7 +68,7 @@ Method = Literal["staged", "evolutionary", "coordinate", "random"]
 _METHODS: tuple[str, ...] = get_args(Method)
 
 #: Grids that hand-made schedules are tried on; all solvers on the first, the best on the others.
-_GRIDS = ("softened", "arctan", "lambda", "lambda_zero", "karras", "uniform", "beta")
+_GRIDS = ("softened_8", "softened", "arctan", "lambda", "lambda_zero", "karras", "uniform", "beta")
 _BEST = 6
 #: Candidates per round; parents; offspring per candidate that the predictor chooses from.
 _ROUND, _PARENTS, _OFFSPRING = 16, 30, 8
@@ -308,8 +308,7 @@ def run_together(teacher: Teacher, plans: Sequence[Plan]) -> list[Array]:
 
 
 def _clock(lam: Any) -> Array:
-    """A clock that is finite at both ends: that of the default grid, 1 at alpha = 0 (see
-    `softened`)."""
+    """A clock that is finite at both ends: that of `softened`, 1 at alpha = 0."""
     with np.errstate(over="ignore"):
         return np.asarray((1 / (1 + 4 * np.exp(lam))) ** 0.4)
 

@@ -61,7 +61,7 @@ SOLVERS = (
     "flow_pc2",
     "cflow_pc2",
 )
-GRIDS = ("softened", "lambda", "karras", "uniform")
+GRIDS = ("softened_8", "softened", "lambda", "karras")
 NFES = (3, 4, 5, 6, 7, 8, 9, 10, 12, 15, 20)
 #: Noises on which a solver's grid is chosen; enough, for grids differ more than noises do.
 _FEW = 24

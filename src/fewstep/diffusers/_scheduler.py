@@ -58,7 +58,7 @@ class Scheduler(SchedulerMixin, ConfigMixin):
 
     solver: a name in `fewstep.solvers`, or a `Solver`.
     grid: a name in `fewstep.grids`, a `Grid`, or "config": the spacing that the config asks for.
-        Default: "softened"; for flow models 1 - i / n, shifted as config and pipeline say.
+        Default: "softened_8"; for flow models 1 - i / n, shifted as config and pipeline say.
     recipe: a `Recipe` or its file, instead of solver and grid. A scheduler sees neither the network
         nor the guidance that the recipe was fitted to; process and prediction are checked.
 
