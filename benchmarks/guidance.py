@@ -15,13 +15,14 @@ import fewstep as fs
 SCALES = (1.5, 4.0, 7.5, 15.0)
 NFES = (5, 8, 12, 20)
 CANDIDATES = (
-    ("flow_ab2", "softened"),
+    ("flow_ipndm_2", "softened_8"),
     ("flow_ipndm_2", "softened"),
-    ("cflow_pc2", "softened"),
-    ("bdia_per_step", "softened"),
-    ("dpmpp_2m", "softened"),
+    ("flow_ab2", "softened_8"),
+    ("cflow_pc2", "softened_8"),
+    ("bdia_per_step", "softened_8"),
+    ("dpmpp_2m", "softened_8"),
     ("dpmpp_2m", "karras"),
-    ("ddim", "softened"),
+    ("ddim", "softened_8"),
 )
 
 

@@ -11,6 +11,9 @@ from __future__ import annotations
 from defaults import Choice, measure
 
 PROBLEMS = {
+    "network of photographs, EDM": "photographs EDM",
+    "network of photographs, scaled-linear table": "photographs table",
+    "network of photographs, flow": "photographs flow",
     "trained digits, EDM": "trained EDM",
     "trained digits, guidance 1.5": "guided EDM",
     "trained digits, scaled-linear table": "trained table",
@@ -23,9 +26,9 @@ PROBLEMS = {
 }
 NFES = (5, 8, 12)
 CANDIDATES = {
-    "default (`flow_ipndm_2`, `softened`)": ("flow_ipndm_2", "softened"),
-    "`cflow_pc2`, `softened`": ("cflow_pc2", "softened"),
-    "`dpmpp_2m`, `lambda`": ("dpmpp_2m", "lambda"),
+    "default (`flow_ipndm_2`, `softened_8`)": ("flow_ipndm_2", "softened_8"),
+    "`flow_ipndm_2`, `softened`": ("flow_ipndm_2", "softened"),
+    "`cflow_pc2`, `softened_8`": ("cflow_pc2", "softened_8"),
     "`dpmpp_2m`, `karras`": ("dpmpp_2m", "karras"),
     "`ddim`, `uniform`": ("ddim", "uniform"),
 }

@@ -65,6 +65,7 @@ def clock(name):
         "karras_zero": lambda p, t: (p.sigma(t) / p.alpha(t)) ** (1 / 7),
         "edm": lambda p, t: np.clip(p.sigma(t) / p.alpha(t), 0.002, 80) ** (1 / 7),
         "softened": lambda p, t: (p.sigma(t) / (p.sigma(t) + 4 * p.alpha(t))) ** 0.4,
+        "softened_8": lambda p, t: (p.sigma(t) / (p.sigma(t) + 8 * p.alpha(t))) ** 0.4,
         "arctan": lambda p, t: np.arctan2(2 * p.sigma(t), p.alpha(t)),
     }.get(name)
 

@@ -14,6 +14,7 @@ from fewstep._calibrate._calibrate import screened
 from fewstep._calibrate._learn import score
 from fewstep._calibrate._recipe import called
 from fewstep._compare._recommend import _EXACT, _ROUGH, Option
+from fewstep._sampling import DEFAULT_GRID, DEFAULT_SOLVER
 from fewstep.metrics import Estimate, error_ratio, error_summary
 
 COUNT = 32
@@ -53,7 +54,7 @@ def test_it_reports_noises_that_chose_nothing(made):
     assert tuple(made.median) == pytest.approx(tuple(error_summary(mine).median), rel=2e-3)
     usual = errors(model, 0, COUNT, nfe=5)
     assert tuple(made.ratio) == pytest.approx(tuple(error_ratio(mine, usual)), rel=5e-3)
-    assert str(made.default) == "flow_ipndm_2 on softened"
+    assert str(made.default) == f"{DEFAULT_SOLVER} on {DEFAULT_GRID}"
     assert made.default.ratio.value == pytest.approx(float(np.median(usual / mine)), rel=5e-3)
     assert made.runner_ups
     for option in made.runner_ups:
