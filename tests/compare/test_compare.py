@@ -373,7 +373,7 @@ def test_finished_parts_are_kept_and_more_may_be_asked_for(tmp_path):
         {"features": squares},
         {"batch": 5},
     ],
-    ids=str,
+    ids=" ".join,
 )
 def test_the_folder_of_another_job_is_refused(tmp_path, change):
     (tmp_path / "job.json").write_text(_job_text())
