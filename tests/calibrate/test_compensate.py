@@ -259,7 +259,7 @@ def digits():
 def test_search(digits, solver):
     """Both objectives do what they say, and what was found holds for noises it has not seen."""
     teacher, fresh = digits
-    plan = fs.plan(solver, teacher.model, 6)
+    plan = fs.plan(solver, teacher.model, 6, grid="softened")
     found = fit_ratios(teacher, plan, count=10)
     fitted = teacher[:10]
     losses = {

@@ -41,7 +41,7 @@ def _problem(
     time = 1e-3 if process.integer_times else None
     model = fs.Denoiser(Net(shape, **net).to(dtype), process, predicts, time)
     count = 6
-    program = program_of(fs.plan("ipndm_3", model, 4))
+    program = program_of(fs.plan("ipndm_3", model, 4, grid="softened"))
     mean = 0.3 * np.random.default_rng(0).normal(size=shape)
     program = answered(program, mean)
     source = torch.Generator().manual_seed(1)

@@ -171,7 +171,7 @@ def test_nothing_but_the_best_hand_made_plan_without_iterations() -> None:
     assert learned.iterations == 0
     best = min((held.errors(run) for run in starts), key=score)
     assert np.array_equal(learned.errors, best)
-    assert list(learned.start_errors) == ["ipndm_3 on softened", "ddim on softened"]
+    assert list(learned.start_errors) == ["ipndm_3 on softened_8", "ddim on softened_8"]
 
 
 def test_held_out_noises_decide() -> None:
@@ -273,7 +273,7 @@ def test_guards_are_not_fitted_and_not_beaten_by() -> None:
     train, held, _ = _teachers(model)
     start, guard = fs.plan("ddim", model, 4), fs.plan("dpmpp_3m", model, 4)
     learned = learn(train, held, [start], guards=[guard], iterations=4, first_step=False)
-    assert list(learned.start_errors) == ["ddim on softened", "dpmpp_3m on softened"]
+    assert list(learned.start_errors) == ["ddim on softened_8", "dpmpp_3m on softened_8"]
     assert all(fit.name.startswith("ddim") for fit in learned.progress.fits)
     ours, theirs = learned.errors, held.errors(guard)
     assert np.median(ours) <= np.median(theirs)
