@@ -112,7 +112,7 @@ def compare_command(
     ] = None,
     nfe: Annotated[
         str, typer.Option("--nfe", "-n", help="Numbers of evaluations, such as 5,8 or 3-10,20.")
-    ] = "3-10,12,15,20",
+    ] = "3-8,10,12,15,20",
     grids: Annotated[
         str, typer.Option(help="Grids, of which every solver gets the best.")
     ] = ",".join(GRIDS),
