@@ -58,7 +58,7 @@ def test_a_report_with_a_recipe(tmp_path, monkeypatch):
         done = run(*command, "--recipe", "tuned.fewstep.safetensors")
     assert done.exit_code == 0, done.output
     assert re.search(
-        r"needs at most 136 evaluations of one sample, and 48 to 384 for each of 48 converged",
+        r"needs at most 136 evaluations of one sample, and 48 to 384 for each of 40 converged",
         done.stdout,
     )
     assert "flow_ipndm_2 / best" in done.stdout
