@@ -115,7 +115,7 @@ def test_the_printed_plan_is_what_is_printed():
 #: What makes a command of the documents small; None: it needs what a test does not have.
 REDUCED: dict[str, list[str] | None] = {
     "calibrate": ["--noises", "16,8,16", "--methods", "learned"],
-    "compare": ["--count", "64", "--nfe", "4"],
+    "compare": ["--count", "96", "--nfe", "4"],
     "convert": None,
     "generate": [],
     "models": [],
