@@ -41,8 +41,20 @@ def test_an_answer_is_that_of_the_model_on_ddpms_path(name: str) -> None:
 @pytest.mark.parametrize("name", PICTURES)
 def test_noise_above_the_models_is_answered_at_its_largest(name: str) -> None:
     pipe = pipeline(name)
+    asked = []
+
+    class Spy:
+        model, process = pipe.unet.model, pipe.unet.model.process
+
+        def __call__(self, x: Tensor, times: Any, **cond: Any) -> Tensor:
+            asked.extend(float(v) for v in times)
+            return self.model(x, times, **cond)
+
+    pipe.unet.model = Spy()
     x = fs.start_noise((2, *models[name].shape), seed=0)
-    eps = pipe.unet(x, torch.tensor(999.5)).sample  # rho = 157
+    eps = pipe.unet(x, torch.tensor(999.5)).sample  # rho = 157, where a network of EDM knows 80
+    if models[name].process == fs.EDM():
+        assert asked == pytest.approx([80.0, 80.0])
     assert eps.shape == x.shape
     assert float((eps - x).abs().max()) < 0.1  # nothing but noise is there
 

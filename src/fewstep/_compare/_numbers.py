@@ -74,17 +74,6 @@ class Comparison:
         """Numbers of evaluations, ascending."""
         return tuple(sorted({line.nfe for line in self.lines}))
 
-    @property
-    def methods(self) -> tuple[str, ...]:
-        """Methods, best first: by the geometric mean of their median over the smallest one at the
-        same nfe. (Of the medians alone, methods that ran only at large nfe would be the best.)"""
-        logs: dict[str, list[float]] = {}
-        with np.errstate(divide="ignore", invalid="ignore"):
-            for line in self.lines:
-                over = np.log(line.median.value) - np.log(self.best(line.nfe).median.value)
-                logs.setdefault(line.method, []).append(0.0 if line.best else float(over))
-        return tuple(sorted(logs, key=lambda m: np.mean(logs[m])))
-
     def at(self, nfe: int) -> list[Line]:
         """The lines of this number of evaluations, the smallest median first."""
         return sorted((v for v in self.lines if v.nfe == nfe), key=lambda v: v.median.value)
