@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import pickle
 from dataclasses import replace
 
@@ -11,8 +12,17 @@ import torch
 from torch import Tensor
 
 import fewstep as fs
-from fewstep._calibrate._learn import WHAT, Progress, data_mean, learn, score
-from fewstep._calibrate._program import program_of
+from fewstep._calibrate._learn import (
+    LOSSES,
+    WHAT,
+    Progress,
+    _scale,
+    _value,
+    data_mean,
+    learn,
+    score,
+)
+from fewstep._calibrate._program import answered, longer, plan_of, program_of
 from fewstep._calibrate._robustness import robustness
 from fewstep._calibrate._teacher import Counted, Teacher, teach
 
@@ -247,6 +257,22 @@ def test_budgets() -> None:
     _no_worse(timed, starts, held)
 
 
+def test_what_a_budget_leaves_goes_to_other_starts_and_around_the_best() -> None:
+    model = MIXTURE.denoiser(fs.EDM(), "data")
+    train, held, _ = _teachers(model, count=48)
+    starts = [fs.plan(name, model, 4) for name in ("ipndm_3", "ddim", "flow_ab2")]
+    made = learn(train, held, starts, evaluations=600_000, iterations=14, jacobian="differences")
+    fits = made.progress.fits
+    assert all(fit.iterations > 12 or fit.done for fit in fits if fit.kind == "start")
+    shaken = [fit for fit in fits if fit.kind == "shaken"]
+    assert shaken
+    for fit in shaken[:3]:
+        best = min(value for f in fits if f.loss == fit.loss for value, _ in f.history)
+        assert 0.05 < fit.history[0][0] - best < 8  # near the best, and not at it
+        assert fit.history[-1][0] < fit.history[0][0]
+    _no_worse(made, starts, held)
+
+
 def test_a_free_first_step_saves_an_evaluation() -> None:
     """From pure noise the network says the mean of the data, no more: with that evaluation spent
     elsewhere, a start is better before anything is fitted."""
@@ -260,12 +286,85 @@ def test_a_free_first_step_saves_an_evaluation() -> None:
     assert first.first_step
     assert not plain.first_step
     assert first.history[0][1] < plain.history[0][1] - 1  # median and root mean square, in logs
-    assert learned.program is not None
-    assert learned.program.first_step
+    assert first.best is not None
+    assert first.best.first_step
     assert learned.plan.nfe == 3
     # Starts may be given with the evaluation that is saved.
     again = learn(train, held, [*starts, fs.plan("ipndm_3", model, 4)], iterations=1)
     assert np.allclose(again.errors, learned.errors)
+
+
+@pytest.mark.parametrize("first_step", [False, True])
+@pytest.mark.parametrize("name", PROCESSES)
+def test_evaluations_put_into_a_shorter_plan_change_nothing_at_first(
+    name: str, first_step: bool
+) -> None:
+    model = MIXTURE.denoiser(*PROCESSES[name])
+    process = model.process
+    train, held, _ = _teachers(model)
+    short = program_of(fs.plan("ddim", model, 4))
+    if first_step:
+        short = answered(short, data_mean(train))
+    plain = held.run(plan_of(short, model))
+    for nfe in (short.nfe + 1, short.nfe + 3):
+        made = longer(short, process, nfe, model.rounds)
+        assert len(made) == short.nfe + first_step
+        for program in made:
+            assert program.nfe == nfe
+            lams = [float(process.lam(t)) for t in program.times]
+            assert lams == sorted(lams)
+            assert lams[0] == -math.inf or process.lam_start <= lams[0]
+            assert lams[-1] <= float(process.lam(process.t_end)) + 1e-9
+            assert not model.rounds or all(t == round(t) for t in program.times)
+            run = plan_of(program, model)
+            assert run.nfe == nfe
+            assert torch.equal(held.run(run), plain) or torch.allclose(
+                held.run(run), plain, rtol=1e-5, atol=1e-5
+            )
+    with pytest.raises(ValueError, match=f"nfe = {short.nfe}; need more"):
+        longer(short, process, short.nfe)
+
+
+def test_a_shorter_learned_plan_is_a_start() -> None:
+    """Evaluations that nothing uses come into use: as good as the shorter plan, and better."""
+    model = MIXTURE.denoiser(fs.EDM(), "data")
+    train, held, _ = _teachers(model, count=48)
+    short = learn(train, held, _starts(model, 3), iterations=20)
+    guards = _starts(model, 5)
+    made = learn(train, held, [short.plan], nfe=5, guards=guards, iterations=20)
+    assert made.plan.nfe == 5
+    assert made.name.startswith("plan for 3, 2 more at")
+    tried = [fit.iterations for fit in made.progress.fits if fit.kind == "longer"]
+    assert len(tried) == 3 + short.program.first_step
+    assert sorted(tried)[:-2] == [1] * (len(tried) - 2)  # one step each, then the best two
+    assert score(made.errors) < score(short.errors) - 0.3
+    _no_worse(made, guards, held)
+    for budget in (1, 3000, 20_000):  # also where it ends in the middle of the first steps
+        made = learn(train, held, [short.plan], nfe=5, guards=guards, evaluations=budget)
+        _no_worse(made, guards, held)
+
+
+def test_the_median_loss_lets_go_of_what_is_far_off() -> None:
+    """Its scale is that of most samples, and it does not pull at the others."""
+    s = np.geomspace(0.5, 2.0, 41)
+    far = np.concatenate([s, np.full(10, 1e6)])
+    assert _scale(s) == pytest.approx(1.0)
+    assert _scale(7 * s) == pytest.approx(7.0)
+    assert _scale(far) < 1.5
+    _, weights = _value(far, "median")
+    pull = weights * far
+    assert pull[41:].sum() < 1e-6 * pull[:41].sum()
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_weights_are_the_derivative_of_the_loss(loss: str) -> None:
+    s = np.geomspace(0.01, 100.0, 31)
+    value, weights = _value(s, loss)
+    for i in (0, 15, 20, 30):
+        moved = s.copy()
+        moved[i] *= 1 + 1e-5
+        slope = (_value(moved, loss)[0] - value) / (1e-5 * s[i])
+        assert weights[i] / len(s) == pytest.approx(slope, rel=1e-3, abs=1e-9)
 
 
 def test_guards_are_not_fitted_and_not_beaten_by() -> None:
@@ -322,6 +421,12 @@ def test_refusals() -> None:
         learn(train, held, [])
     with pytest.raises(ValueError, match=r"starts have \[4, 6\] evaluations"):
         learn(train, held, [*starts, fs.plan("ddim", model, 6)])
+    with pytest.raises(ValueError, match=r"starts have \[4\] evaluations; need N = 5"):
+        learn(train, held, starts, nfe=5, guards=_starts(model, 5), what="times")
+    with pytest.raises(ValueError, match=r"guards have \[\] evaluations; need 5, and at least one"):
+        learn(train, held, starts, nfe=5)
+    with pytest.raises(ValueError, match=r"guards have \[5\] evaluations; need 4"):
+        learn(train, held, starts, guards=_starts(model, 5))
 
 
 # What it is for. Bests of all deterministic solvers on all grids, chosen on the fresh noises

@@ -178,6 +178,8 @@ class _Job:
     few: tuple[Teacher, Teacher]
     say: Callable[[str], None]
     skipped: list[str] = field(default_factory=list)
+    #: The learned plan of the last, smaller number of evaluations.
+    shorter: Plan | None = None
     ems: EMS | None = None
 
     def left(self) -> float | None:
@@ -227,7 +229,8 @@ def calibrate(
     third set.
 
     model: as it will be used: with its guidance, in its dtype. shape: of one sample.
-    nfe: numbers of evaluations to find a plan for.
+    nfe: numbers of evaluations to find a plan for. In increasing order, so that a learned plan can
+        also start from the one before, with evaluations put in.
     cond: conditions; tensors, arrays and lists with one entry per prompt (as many as you like, used
         in turn), everything else is passed on.
     guidance, uncond: classifier-free guidance around the model, as in `fewstep.Guided`.
@@ -333,6 +336,8 @@ def calibrate(
                     f"{method}-{count}",
                     lambda m=method, c=count, s=share: _FITS[m](job, c, found[c], s),
                 )
+                if method == "learned":
+                    job.shorter = made[0].one
                 if method == "each":
                     assert each is not None
                     made = [_together(each, values, found[count], made)]
@@ -573,10 +578,12 @@ def _solvers(job: _Job, nfe: int) -> Iterator[_Found]:
 def _learned(
     job: _Job, nfe: int, found: Sequence[_Found], budget: float | None
 ) -> Iterator[_Found]:
+    shorter = [] if job.shorter is None else [job.shorter]
     with job.cost() as spent:
         made = learn(
             *job.few,
-            _diverse(job, nfe, found),
+            [*_diverse(job, nfe, found), *shorter],
+            nfe=nfe,
             jacobian=job.jacobian,
             first_step=job.first_step,
             iterations=_ITERATIONS if job.each is None else _SHARED,

@@ -9,9 +9,12 @@ it is told, and how its answers are combined. From several hand-made plans, damp
 
 by H = sum w_n J_n^T J_n, g = sum w_n J_n^T r_n, w = f'(s): step = -(H + mu diag H)^-1 g. log s is
 the loss of Bespoke Non-Stationary Solvers (arXiv 2403.01329): the few noises whose sample changes
-its mode under any small error would own a sum of squares. The best fit then takes some steps with
-"root", which gives up a little of the median for the root mean square. Reverse-mode matrices are
-random estimates, averaged over the last iterations.
+its mode under any small error would own a sum of squares. They still pull as hard as any other;
+F = log m, mean_n s_n^2 / (s_n^2 + m^2) = 1/2 ("median": a smooth one, as S-estimators have it;
+w ~ s / (s^2 + m^2)^2) lets go of them, and of the samples that are right already. The best fits go
+on with it, and the best of all takes some steps with "root" and "l1", which give up a little of the
+median for the root mean square. Reverse-mode matrices are random estimates, averaged over the last
+iterations.
 
 What is returned is the best, on noises that were not fitted, of all iterates and all hand-made
 plans: it is no worse there than the best hand-made one in median, and in root mean square.
@@ -23,6 +26,7 @@ hand-made solver, whose coefficients follow, and "times and labels" (LD3, arXiv 
 
 from __future__ import annotations
 
+import itertools
 import math
 import time as clock
 import zlib
@@ -40,12 +44,12 @@ from .._prediction import unknown
 from .._process import Array
 from .._sampling import plan
 from ._jacobian import Machine, Walk
-from ._program import Program, Space, answered, plan_of, program_of
+from ._program import Program, Space, answered, longer, plan_of, program_of
 from ._teacher import Counted, Teacher
 
 __all__ = ["LOSSES", "WHAT", "Fit", "Learned", "Progress", "data_mean", "learn", "score"]
 
-LOSSES = ("log", "root", "l1", "l2")
+LOSSES = ("log", "median", "root", "l1", "l2")
 WHAT = ("all", "coefficients", "labels", "times", "times and labels")
 
 #: Damping: at the start, factors after success and failure, floor, tries per iteration.
@@ -61,8 +65,9 @@ _MEMORY = 0.5
 #: Iterations after which the worse half of the fits is given up; noises of the first round.
 _ROUNDS, _PILOT, _FINALISTS = (5, 12), 96, 2
 #: Fits from near the best with what a budget leaves: at most so many, so many in a row to no use,
-#: and how near, relative (lambda: absolute).
-_SHAKES, _USELESS, _SHAKE = 20, 4, 0.03
+#: how near (by so much F is larger there), and the least curvature that this is reckoned with,
+#: relative to the diagonal's.
+_SHAKES, _USELESS, _SHAKE, _SOFTEST = 20, 4, 1.0, 1e-4
 #: Iterations of the last fit, with another loss, and the share of the budget kept for it.
 _POLISH, _RESERVE = 12, 0.8
 
@@ -74,6 +79,31 @@ def score(errors: Array) -> float:
         return math.inf
     tiny = np.finfo(np.float64).tiny
     return math.log(np.median(errors) + tiny) + 0.5 * math.log(np.mean(errors**2) + tiny)
+
+
+def _value(s: Array, kind: str) -> tuple[float, Array]:
+    """F, and its derivative by s_n, times the number of them: w."""
+    if kind == "log":
+        return float(np.log(s).mean()), 1 / s
+    if kind == "median":
+        m = _scale(s)
+        pull = 1 / (1 + (s / m) ** 2) ** 2
+        return math.log(m), s * pull / np.mean(s**2 * pull)
+    if kind == "root":
+        return float((s**0.25).mean()), 0.25 * s**-0.75
+    if kind == "l1":
+        return float(np.sqrt(s).mean()), 0.5 / np.sqrt(s)
+    return float(s.mean()), np.ones_like(s)
+
+
+def _scale(s: Array) -> float:
+    """m with mean s^2 / (s^2 + m^2) = 1/2: between the least and the largest of s > 0."""
+    logs = np.log(s)
+    low, high = float(logs.min()), float(logs.max())
+    for _ in range(60):
+        m = 0.5 * (low + high)
+        low, high = (m, high) if np.mean(1 / (1 + np.exp(2 * (m - logs)))) > 0.5 else (low, m)
+    return math.exp(0.5 * (low + high))
 
 
 def _rms(errors: Array) -> float:
@@ -101,6 +131,8 @@ class Fit:
     """One fit: where it started, where it is, and the best program it met on held-out noises.
 
     what: which numbers are free. at: their values. base: the program that the others are from.
+    kind: "start", "longer" (a shorter plan with evaluations put in), or, from the best program of
+        another fit, "refined", "shaken", "polished".
     """
 
     name: str
@@ -117,6 +149,7 @@ class Fit:
     best_score: float = math.inf
     origin: Any = None
     first_step: bool = False
+    kind: str = "start"
     history: list[tuple[float, float]] = field(default_factory=list)
 
 
@@ -177,6 +210,7 @@ def learn(
     held: Teacher,
     starts: Sequence[Plan],
     *,
+    nfe: int | None = None,
     guards: Sequence[Plan] = (),
     jacobian: str = "reverse",
     what: str = "all",
@@ -196,7 +230,9 @@ def learn(
 
     train, held: converged samples to fit, and to choose on: different noises.
     starts: hand-made plans of N evaluations; those of N + 1 begin with a free first step, their
-        first evaluation answered by the mean of the data.
+        first evaluation answered by the mean of the data. Plans of fewer, such as a learned one,
+        are given the others, in every place in turn.
+    nfe: N; None: the fewest that starts and guards have.
     guards: hand-made plans of N evaluations that are not fitted, but must not be better either.
     jacobian: "reverse" (autograd, one network graph at a time), "forward" (exact, Jacobian-vector
         products), "differences" (network calls only).
@@ -221,7 +257,7 @@ def learn(
     if len(held) < 2:
         raise ValueError(f"held has {len(held)} samples; need at least 2")
     return _Learner(
-        train, held, list(starts), list(guards), jacobian, what, first_step, loss, iterations,
+        train, held, list(starts), nfe, list(guards), jacobian, what, first_step, loss, iterations,
         budget, evaluations, cap, probes, step, seed, each, resume,
     ).result()  # fmt: skip
 
@@ -234,6 +270,7 @@ class _Learner:
         train: Teacher,
         held: Teacher,
         starts: list[Plan],
+        nfe: int | None,
         guards: list[Plan],
         jacobian: str,
         what: str,
@@ -260,11 +297,13 @@ class _Learner:
         self.begun = clock.perf_counter()
         self.progress = resume or Progress()
         self.before = (self.progress.evaluations, self.progress.seconds)
-        self.n = min(run.nfe for run in (*starts, *guards))
-        if any(run.nfe > self.n + 1 for run in starts):
+        self.n = min(run.nfe for run in (*starts, *guards)) if nfe is None else nfe
+        few = min(run.nfe for run in starts) < self.n and what != "all"
+        if few or max(run.nfe for run in starts) > self.n + 1:
             raise ValueError(
-                f"starts have {sorted({run.nfe for run in starts})} evaluations; need N, or N + 1 "
-                "for those that begin with a free first step"
+                f"starts have {sorted({run.nfe for run in starts})} evaluations; need N = "
+                f"{self.n}, N + 1 for those that begin with a free first step, or, with what = "
+                "'all', fewer"
             )
         self.space = Space(self.process, self.n, self.model.rounds)
         scale = float(train.samples.double().square().mean().sqrt())
@@ -272,18 +311,24 @@ class _Learner:
         self.delta = (1e-4 * scale) ** 2 + error**2
         own = [run for run in starts if run.nfe == self.n]
         self.hand = [*own, *guards]
+        if not self.hand or any(run.nfe != self.n for run in guards):
+            raise ValueError(
+                f"guards have {sorted({run.nfe for run in guards})} evaluations; need {self.n}, "
+                "and at least one plan of so many among starts and guards, to be no worse than"
+            )
         self.cap = cap * max(program_of(run).gain for run in self.hand if _is_program(run))
         if not self.progress.fits:
-            self._begin(own, [run for run in starts if run.nfe > self.n], first_step)
+            self._begin(own, [run for run in starts if run.nfe != self.n], first_step)
         self.names = list(self.progress.start_errors)
         errors = self.progress.start_errors
         self.best_hand = min(range(len(self.hand)), key=lambda i: score(errors[self.names[i]]))
         self.reference = errors[self.names[self.best_hand]]
 
-    def _begin(self, own: list[Plan], longer: list[Plan], first_step: bool) -> None:
+    def _begin(self, own: list[Plan], others: list[Plan], first_step: bool) -> None:
         """Errors of the hand-made plans, and the fits that start from them."""
-        if first_step and not longer:
-            longer = [run for run in map(self._longer, own) if run is not None]
+        more = [run for run in others if run.nfe > self.n]
+        if first_step and not more:
+            more = [run for run in map(self._more, own) if run is not None]
         seen: dict[str, Array] = {}
         for run in self.hand:
             name = base = _named(run)
@@ -293,17 +338,24 @@ class _Learner:
         self.progress.start_errors = seen
         for name, run in zip(seen, own, strict=False):  # which come first
             if _is_program(run):
-                self._add(name, program_of(run), run, False)
-        if longer:
+                self._add(name, (q := program_of(run)), run, q.first_step)
+        if more:
             self.progress.mean = data_mean(self.train)
-            for run in longer:
+            for run in more:
                 if _is_program(run):
                     program = answered(program_of(run), self.progress.mean)
                     self._add(f"{_named(run)}, free first step", program, run, True)
+        for run in others:
+            if run.nfe < self.n and _is_program(run):
+                program = program_of(run)
+                put = longer(program, self.process, self.n, self.model.rounds)
+                for k, made in enumerate(put):
+                    name = f"plan for {run.nfe}, {self.n - run.nfe} more at {k}"
+                    self._add(name, made, run, program.first_step, "longer")
         if not self.progress.fits:
             raise ValueError("starts: none of them is a program; give plans with scalar rows")
 
-    def _longer(self, run: Plan) -> Plan | None:
+    def _more(self, run: Plan) -> Plan | None:
         """The same solver and grid with one evaluation more."""
         origin, grid = run.origin, run.about.get("grid", "list")
         if origin is None or grid == "list" or not _is_program(run):
@@ -314,11 +366,14 @@ class _Learner:
         except ValueError:
             return None
 
-    def _add(self, name: str, program: Program, run: Plan, first_step: bool) -> None:
+    def _add(
+        self, name: str, program: Program, run: Plan, first_step: bool, kind: str = "start"
+    ) -> None:
         if self.process.t_clean is not None:
             # Whatever its last level was, it is fitted to samples at sigma = 0.
             program = replace(program, end=float(self.process.t_clean))
-        fit = Fit(name, program, self.what, self.loss, np.empty(0), first_step=first_step)
+        fit = Fit(name, program, self.what, self.loss, np.empty(0))
+        fit.first_step, fit.kind = first_step, kind
         if self.what.startswith("times"):
             if run.origin is None:
                 return
@@ -413,20 +468,16 @@ class _Learner:
         timed[len(self._inner(fit)) if fit.origin is not None else len(at) :] = False  # shifts
         return np.where(timed, clipped, at)
 
+    def _most(self, fit: Fit) -> Array:
+        """The largest moves in one step."""
+        return np.where(self._timed(fit), _MOVE_TIME, _MOVE * (1 + np.abs(fit.at)))
+
     # one iteration
 
     def _loss(self, off: torch.Tensor, kind: str) -> tuple[float, Array]:
         """(F, weights) of residuals."""
         s = off.double().square().flatten(1).mean(1).cpu().numpy() + self.delta
-        if not np.isfinite(s).all():
-            return math.inf, s
-        if kind == "log":
-            return float(np.log(s).mean()), 1 / s
-        if kind == "root":
-            return float((s**0.25).mean()), 0.25 * s**-0.75
-        if kind == "l1":
-            return float(np.sqrt(s).mean()), 0.5 / np.sqrt(s)
-        return float(s.mean()), np.ones_like(s)
+        return _value(s, kind) if np.isfinite(s).all() else (math.inf, s)
 
     def _walk(self, program: Program, teacher: Teacher) -> list[Walk]:
         subs = [teacher[part] for part in teacher.chunks()]
@@ -477,7 +528,7 @@ class _Learner:
                 fit.quiet, fit.matrix = fit.quiet + 1, None
             else:
                 at, program, walks, new, weights = found
-                scale = 1.0 if fit.loss == "log" else abs(value)
+                scale = 1.0 if fit.loss in ("log", "median") else abs(value)
                 small = value - new < _SMALL * scale
                 fit.at, value, fit.quiet = at, new, fit.quiet + 1 if small else 0
                 fit.history.append((value, math.inf))
@@ -522,8 +573,7 @@ class _Learner:
         if not np.isfinite(matrix).all() or not diagonal.max() > 0:
             return None
         diagonal = np.maximum(diagonal, _FLOOR * diagonal.max())
-        timed = self._timed(fit)
-        most = np.where(timed, _MOVE_TIME, _MOVE * (1 + np.abs(fit.at)))
+        most = self._most(fit)
         # In units of 1 / sqrt(diagonal) all numbers weigh the same, and the solve is well scaled.
         root = np.sqrt(diagonal)
         scaled = matrix / np.outer(root, root)
@@ -554,76 +604,110 @@ class _Learner:
     def _spent(self, fit: Fit) -> bool:
         self.progress.evaluations = self.before[0] + self.counted.evaluations
         self.progress.seconds = self.before[1] + clock.perf_counter() - self.begun
-        share = 1.0 if fit.name.endswith(_POLISHED) else _RESERVE
+        share = 1.0 if fit.kind == "polished" else _RESERVE
         return bool(
             (self.budget is not None and self.progress.seconds > share * self.budget)
             or (self.allowed is not None and self.progress.evaluations > share * self.allowed)
         )
 
     def result(self) -> Learned:
-        progress = self.progress
-        fits = [fit for fit in progress.fits if not fit.name.endswith(_POLISHED)]
         few = self.train[: max(_PILOT, len(self.train) // 4)]
+        fits = [fit for fit in self.progress.fits if fit.kind == "start"]
+        put = [fit for fit in self.progress.fits if fit.kind == "longer"]
+        for fit in put:  # one step tells which place is worth it
+            self._iterate(fit, min(1, self.most), few)
+        put.sort(key=lambda fit: min([math.inf, *(value for value, _ in fit.history[:2])]))
         alive = fits
         for i, until in enumerate(_ROUNDS):
             for fit in alive:
                 self._iterate(fit, min(until, self.most), few if i == 0 else self.train)
             alive = sorted(alive, key=_rank)[: max(_FINALISTS, len(alive) // 2)]
-        # The best first: with a budget, the others have what it leaves.
-        for fit in alive if self.budget is None else sorted(fits, key=_rank):
+        rest = sorted((fit for fit in fits if fit not in alive), key=_rank)
+        # In turn: a shorter plan is better than other starts at first, and may be worse in the end.
+        pairs = itertools.zip_longest([*alive, *rest], put)
+        queue = [fit for pair in pairs for fit in pair if fit is not None]
+        queue[:_FINALISTS] = sorted(queue[:_FINALISTS], key=_rank)
+        limited = self.budget is not None or self.allowed is not None
+        for fit in queue if limited else queue[:_FINALISTS]:  # others have what a budget leaves
             self._iterate(fit, self.most, self.train)
-        self._shake(fits)
-        self._polish(fits)
+            self._refine(fit)
+        self._shake()
+        self._polish()
         return self._learned()
 
-    def _shake(self, fits: list[Fit]) -> None:
+    def _refine(self, fit: Fit) -> None:
+        """On with "median", where it may become the best."""
+        if self.loss == "log" and self.most and fit.best_score < self._best().best_score + 1:
+            later = self._later(fit, f"{fit.name}, median", "refined", loss="median")
+            self._iterate(later, self.most, self.train)
+
+    def _shake(self) -> None:
         """What is left of a budget goes into fits from near the best: where the basins of the data
         are sharp, fits end at many places, and the best of them is worth looking around."""
         if (self.budget is None and self.allowed is None) or self.what != "all":
             return
         useless = 0
         for count in range(_SHAKES):
-            best = min(fits, key=lambda fit: fit.best_score)
+            best = self._best("start", "longer", "refined", "shaken")
             if best.best is None or useless >= _USELESS or self._spent(best):
                 return
-            name = f"{best.name.split(_SHAKEN)[0]}{_SHAKEN}{count + 1}"
-            if any(fit.name == name for fit in fits):
-                continue
-            fit = self._again(best, name)
-            z = np.random.default_rng([self.seed, count]).standard_normal(len(fit.at))
-            fit.at = self._clipped(fit, fit.at + _SHAKE * z * np.where(self._timed(fit), 1, fit.at))
-            fits.append(fit)
-            self.progress.fits.append(fit)
+            fit = self._later(best, f"{best.name.split(_SHAKEN)[0]}{_SHAKEN}{count + 1}", "shaken")
+            if not fit.history:
+                z = np.random.default_rng([self.seed, count]).standard_normal(len(fit.at))
+                fit.at = self._clipped(fit, fit.at + self._move(fit, z))
             self._iterate(fit, self.most, self.train)
             useless = 0 if fit.best_score < best.best_score - 0.01 else useless + 1
 
-    def _again(self, best: Fit, name: str, **changes: Any) -> Fit:
-        """A new fit from the best program of another."""
+    def _move(self, fit: Fit, z: Array) -> Array:
+        """A random move that raises F by about _SHAKE: the softer a direction, the farther."""
+        program = self._program(fit, fit.at)
+        assert program is not None
+        walks = self._walk(program, self.train)
+        _, weights = self._loss(self._off(walks, self.train), fit.loss)
+        self._assemble(fit, program, walks, weights, self.train)
+        matrix, fit.matrix = fit.matrix, None
+        assert matrix is not None
+        if not np.isfinite(matrix).all():
+            return np.zeros_like(z)
+        root = np.sqrt(np.maximum(np.diag(matrix), _FLOOR * np.diag(matrix).max()))
+        values, vectors = np.linalg.eigh(matrix / np.outer(root, root))
+        move = vectors @ (z / np.sqrt(np.maximum(values, 0) + _SOFTEST)) / root
+        # F is a mean over samples of something that is 1 per relative s, a mean over elements.
+        move *= math.sqrt(_SHAKE * self.train.samples.numel() / len(move))
+        most = self._most(fit)
+        return np.clip(move, -most, most)
+
+    def _best(self, *kinds: str) -> Fit:
+        fits = [fit for fit in self.progress.fits if not kinds or fit.kind in kinds]
+        return min(fits, key=lambda fit: fit.best_score)
+
+    def _later(self, best: Fit, name: str, kind: str, **changes: Any) -> Fit:
+        """The fit of this name, if progress has it; else a new one from the best program of
+        another."""
+        for fit in self.progress.fits:
+            if fit.name == name:
+                return fit
         assert best.best is not None
         fit = replace(
-            best, name=name, base=best.best, best=None, best_score=math.inf, done=False, quiet=0,
-            iterations=0, history=[], matrix=None, damping=_DAMPING, **changes,
+            best, name=name, kind=kind, base=best.best, best=None, best_score=math.inf, done=False,
+            quiet=0, iterations=0, history=[], matrix=None, damping=_DAMPING, **changes,
         )  # fmt: skip
         fit.at = best.at.copy() if best.origin is not None else self._first(fit)
+        self.progress.fits.append(fit)
         return fit
 
-    def _polish(self, fits: list[Fit]) -> None:
+    def _polish(self) -> None:
         """From the best, a few steps with other losses, which weigh the worst samples more; with
         integer times, of the rows alone."""
-        progress = self.progress
         what = "coefficients" if self.model.rounds and self.what == "all" else self.what
         for loss in ("root", "l1") if self.loss == "log" else ("log",):
-            end = f", {loss}{_POLISHED}"
-            polished = next((fit for fit in progress.fits if fit.name.endswith(end)), None)
-            if polished is None and self.most:
-                best = min(progress.fits, key=lambda fit: fit.best_score)
-                if best.best is None:
-                    return
-                name = best.name.removesuffix(f", root{_POLISHED}") + end
-                polished = self._again(best, name, loss=loss, what=what)
-                progress.fits.append(polished)
-            if polished is not None:
-                self._iterate(polished, min(_POLISH, self.most), self.train)
+            begun = [f for f in self.progress.fits if f.kind == "polished" and f.loss == loss]
+            best = self._best()
+            if not begun and (best.best is None or not self.most):
+                return
+            name = f"{best.name.removesuffix(', root polished')}, {loss} polished"
+            fit = begun[0] if begun else self._later(best, name, "polished", loss=loss, what=what)
+            self._iterate(fit, min(_POLISH, self.most), self.train)
 
     def _learned(self) -> Learned:
         progress = self.progress
@@ -643,7 +727,7 @@ class _Learner:
         )  # fmt: skip
 
 
-_POLISHED, _SHAKEN = " polished", ", shaken "
+_SHAKEN = ", shaken "
 
 
 def _rank(fit: Fit) -> float:

@@ -29,7 +29,11 @@ from .._denoiser import Model, told_integers
 from .._plan import Call, Plan, Row
 from .._process import Array, Level, Process
 
-__all__ = ["Program", "Space", "answered", "asking", "plan_of", "program_of"]
+__all__ = ["Program", "Space", "answered", "asking", "longer", "plan_of", "program_of"]
+
+
+#: Steps in lambda of evaluations that are put before the first or after the last.
+_BEYOND = 0.5
 
 
 @dataclass(frozen=True, eq=False)
@@ -119,6 +123,43 @@ def asking(program: Program, mean: Array, time: float) -> Program:
     a = np.array([1.0, *program.a])
     times = np.array([time, *program.times])
     return Program(times, a, table, np.zeros(len(a)), None, program.end)
+
+
+def longer(program: Program, process: Process, nfe: int, rounds: bool = False) -> list[Program]:
+    """The programs of `nfe` evaluations that do the same: new ones in one place, between any two
+    evaluations, before the first (where that is not of x itself) or after the last, of states on
+    the way from one to the next; nothing uses their answers yet."""
+    n, new = program.nfe, nfe - program.nfe
+    if new < 1:
+        raise ValueError(f"nfe = {nfe}; need more than the program's {n}")
+    lams = [float(process.lam(t)) for t in program.times]
+    least, most = process.lam_start, float(process.lam(process.t_end))
+    sigmas = [*(level.sigma for level in program.levels(process)), 0.0]
+    out = []
+    for at in range(0 if program.first_step else 1, n + 1):
+        high = lams[at] if at < n else min(lams[-1] + _BEYOND * (new + 1), most)
+        low = lams[at - 1] if at else max(lams[0] - _BEYOND * (new + 1), least)
+        if not np.isfinite(low):
+            low = high - 1.0
+        told = process.time(np.linspace(low, high, new + 2)[1:-1])
+        told = np.round(told) if rounds else told
+        index = [*range(at), *(at for _ in told), *range(at, n + 1)]
+        a, c, b = program.a[index], program.c[index], program.b[index]
+        for i, level in enumerate(process.level(float(t)) for t in told):
+            if at:  # noise falls from row to row: as much of both as leaves what the level has
+                fall = sigmas[at - 1] - sigmas[at]
+                part = np.clip((sigmas[at - 1] - level.sigma) / fall, 0, 1) if fall > 0 else 0.5
+                for table, of in ((a, program.a), (c, program.c), (b, program.b)):
+                    table[at + i] = (1 - part) * of[at - 1] + part * of[at]
+            else:
+                first = process.level(float(program.times[0]))
+                a[i] *= level.sigma / first.sigma
+                c[i] *= level.alpha / first.alpha
+            b[at + i, at:] = 0
+        b = np.insert(b, [at] * new, 0.0, axis=1)
+        times = np.insert(program.times, [at] * new, told)
+        out.append(Program(times, a, b, c, program.mean, program.end))
+    return out
 
 
 def plan_of(program: Program, model: Model, about: Mapping[str, str] | None = None) -> Plan:
