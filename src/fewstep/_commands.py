@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import sys
 import time
 from collections.abc import Callable
@@ -20,6 +19,15 @@ from rich.table import Table
 from ._calibrate._calibrate import METHODS, calibrate
 from ._calibrate._picture import draw
 from ._calibrate._recipe import Recipe
+from ._command_arguments import (
+    AnyModel,
+    Device,
+    Guidance,
+    Shape,
+    asked,
+    check_device,
+    integers,
+)
 from ._denoiser import Guided, Model
 from ._grids import grids
 from ._noise import Noise
@@ -82,7 +90,6 @@ Nfe = Annotated[
         "--nfe", "-n", help=f"Network evaluations to spend on every sample. Default {DEFAULT_NFE}."
     ),
 ]
-Device = Annotated[str, typer.Option(help="Torch device, for example cpu or cuda.")]
 FinalName = Annotated[
     Final | None,
     typer.Option(
@@ -139,7 +146,7 @@ def sample_command(
     bundled = find(model)
     labels = _labels(bundled, classes, count)
     _check_picture(out)
-    _check_device(device)
+    check_device(device)
     denoiser: Model = load(model, device)
     cond: dict[str, Any] = {}
     if labels is not None:
@@ -174,25 +181,12 @@ def sample_command(
 
 @app.command("calibrate")
 def calibrate_command(
-    model: Annotated[
-        str,
-        typer.Option(
-            "--model",
-            "-m",
-            help="A bundled model (`fewstep models`), or package.module:name of your own denoiser "
-            "(or of a function that returns it).",
-        ),
-    ] = "digits",
+    model: AnyModel = "digits",
     nfe: Annotated[
         str, typer.Option("--nfe", "-n", help="Numbers of evaluations to find plans for.")
     ] = "5,6,8,10",
-    shape: Annotated[
-        str | None, typer.Option(help="Of one sample, such as 3x32x32. Bundled models know theirs.")
-    ] = None,
-    guidance: Annotated[
-        float | None,
-        typer.Option(help="Classifier-free guidance scale (bundled models with classes)."),
-    ] = None,
+    shape: Shape = None,
+    guidance: Guidance = None,
     each_class: Annotated[
         bool,
         typer.Option(
@@ -242,37 +236,20 @@ def calibrate_command(
         raise ValueError(f"out = {out}: the folder {out.resolve().parent} does not exist")
     if picture is not None:
         _check_picture(picture)
-    _check_device(device)
-    counts, sizes = _integers("nfe", nfe), _integers("noises", noises)
+    check_device(device)
+    counts, sizes = integers("nfe", nfe), integers("noises", noises)
     if len(sizes) != 3:
         raise ValueError(f"noises = {noises}; need three numbers, such as 256,128,256")
-    cond: dict[str, Any] = {}
-    uncond, data_range = None, (-1.0, 1.0)
-    if ":" in model:
-        denoiser = _imported(model)
-        if shape is None:
-            raise ValueError("shape is missing; give that of one sample, such as 3x32x32")
-        if guidance is not None:
-            raise ValueError("guidance is for bundled models; wrap your own in fewstep.Guided")
-    else:
-        bundled = find(model)
-        denoiser = load(model, device)
-        shape = "x".join(map(str, bundled.shape)) if shape is None else shape
-        data_range = bundled.data_range
-        if bundled.classes:
-            cond = {"label": torch.arange(bundled.classes, device=device)}
-            uncond = bundled.uncond if guidance is not None else None
-    if each_class and not cond:
+    known = asked(model, shape, guidance, device)
+    if each_class and not known.cond:
         raise ValueError(
             f"each-class: {model} has no classes here; in Python: fewstep.calibrate(each=...)"
         )
     recipe = calibrate(
-        denoiser,
-        _integers("shape", shape, "x"),
+        known.model,
+        known.shape,
         counts,
-        cond=cond,
-        guidance=guidance,
-        uncond=uncond,
+        cond=known.cond,
         each="label" if each_class else None,
         methods=[m.strip() for m in methods.split(",") if m.strip()],
         noises=(sizes[0], sizes[1], sizes[2]),
@@ -286,8 +263,7 @@ def calibrate_command(
     recipe.save(out)
     print(recipe)
     if picture is not None:
-        drawn = denoiser if guidance is None else Guided(denoiser, guidance, uncond or {})
-        draw(recipe, picture, drawn, cond, data_range)
+        draw(recipe, picture, known.model, known.cond, known.data_range)
         print(f"drawn to {picture}")
     print(f"saved to {out}")
 
@@ -482,38 +458,6 @@ def _start(text: str | None) -> dict[str, float] | None:
         return {kind.strip(): float(value)}
     except ValueError:
         raise ValueError(f"start = {text}; give for example sigma=2 or strength=0.6") from None
-
-
-def _check_device(device: str) -> None:
-    try:
-        torch.zeros(1, device=device)
-    except (AssertionError, RuntimeError, NotImplementedError) as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"device = {device}: {reason}; cpu always works") from None
-
-
-def _integers(name: str, text: str, separator: str = ",") -> list[int]:
-    try:
-        return [int(part) for part in text.lower().split(separator)]
-    except ValueError:
-        raise ValueError(f"{name} = {text}; give integers separated by {separator!r}") from None
-
-
-def _imported(name: str) -> Model:
-    """The denoiser package.module:name, or what it returns."""
-    module, _, attribute = name.partition(":")
-    sys.path.insert(0, "")  # as with `python -m`: modules of the folder one is in
-    try:
-        found = getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError) as error:
-        raise ValueError(f"model = {name}: {error}") from error
-    finally:
-        sys.path.remove("")
-    if not isinstance(found, Model) and callable(found):
-        found = found()
-    if not isinstance(found, Model):
-        raise ValueError(f"model = {name} is {found!r}; need a fewstep.Denoiser or Guided")
-    return found
 
 
 def _labels(bundled: Bundled, text: str | None, count: int) -> list[int] | None:

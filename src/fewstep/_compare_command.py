@@ -2,97 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
-import torch
 import typer
 from rich.table import Table
-from torch import Tensor
 
 from ._calibrate._recipe import Recipe
-from ._commands import (
-    Device,
-    _check_device,
-    _console,
-    _imported,
-    _integers,
-    app,
-)
+from ._command_arguments import AnyModel, Asked, Device, Guidance, Shape, asked, check_device
+from ._commands import _console, app
 from ._compare._compare import GRIDS, SOLVERS, fits, prepare
 from ._compare._numbers import Comparison
 from ._compare._recommend import recommend
-from ._denoiser import Guided, Model
 from ._sampling import DEFAULT_SOLVER
-from .metrics import bundled_features
-from .models import data_features, find, load
 
 __all__ = ["compare_command", "recommend_command"]
-
-Shape = Annotated[
-    str | None, typer.Option(help="Of one sample, such as 3x32x32. Bundled models know theirs.")
-]
-Guidance = Annotated[
-    float | None,
-    typer.Option(
-        help="Classifier-free guidance scale (bundled models with classes). Default: none."
-    ),
-]
-
-
-@dataclass(frozen=True)
-class _Asked:
-    """A model that a command names, and what is known of it."""
-
-    name: str
-    model: Model
-    shape: tuple[int, ...]
-    cond: Mapping[str, Any] = field(default_factory=dict)
-    data_range: tuple[float, float] = (-1.0, 1.0)
-    features: Callable[[Tensor], Tensor] | None = None
-    data: Tensor | None = None
-    #: Options of `fewstep sample` that make it this model; None: it does not know it.
-    options: str | None = None
-
-
-def _asked(name: str, shape: str | None, guidance: float | None, device: str) -> _Asked:
-    size = None if shape is None else tuple(_integers("shape", shape, "x"))
-    if ":" in name:
-        if size is None:
-            raise ValueError("shape is missing; give that of one sample, such as 3x32x32")
-        if guidance is not None:
-            raise ValueError("guidance is for bundled models; wrap your own in fewstep.Guided")
-        return _Asked(name, _imported(name), size)
-    bundled = find(name)
-    denoiser: Model = load(name, device)
-    cond, options = {}, f"--model {name}"
-    if bundled.classes:
-        cond = {"label": torch.arange(bundled.classes, device=device)}
-        options += f" --guidance {1 if guidance is None else guidance:g}"
-    if guidance is not None:
-        if not bundled.classes:
-            raise ValueError(f"guidance = {guidance}, but model {name!r} has no classes")
-        denoiser = Guided(denoiser, guidance, bundled.uncond)
-    network, data = None, None
-    if bundled.features is not None:
-        network, data = (
-            bundled_features(bundled.features, device=device),
-            data_features(bundled.features),
-        )
-    if size not in (None, bundled.shape):
-        network, data, options = None, None, None
-    return _Asked(
-        name,
-        denoiser,
-        bundled.shape if size is None else size,
-        cond,
-        bundled.data_range,
-        network,
-        data,
-        options,
-    )
 
 
 @app.command("compare")
@@ -156,15 +81,15 @@ def compare_command(
         raise ValueError(f"out = {out}: the folder {out.resolve().parent} does not exist")
     if out.exists() and not out.is_dir():
         raise ValueError(f"out = {out} is a file; give a folder")
-    _check_device(device)
+    check_device(device)
     names = _words("model", models)
     counts = _ranges(nfe)
     listed = None if solvers is None else "all" if solvers == "all" else _words("solvers", solvers)
     read = {_label(path): Recipe.load(path) for path in recipes or []}
     if len(read) < len(recipes or []):
         raise ValueError(f"recipe: two of the files are called the same: {', '.join(read)}")
-    asked = [_asked(name, shape, guidance, device) for name in names]
-    shared = _recipes(read, asked)
+    known = [asked(name, shape, guidance, device) for name in names]
+    shared = _recipes(read, known)
     folder = out.with_name(out.name + ".parts") if parts is None else parts
     prepared = [
         prepare(
@@ -185,7 +110,7 @@ def compare_command(
             batch=batch,
             device=device,
         )
-        for one, its in zip(asked, shared, strict=True)
+        for one, its in zip(known, shared, strict=True)
     ]
     evaluations, converged = (
         sum(getattr(job, what) for job in prepared) for what in ("evaluations", "converged")
@@ -200,12 +125,12 @@ def compare_command(
     print(f"report: {write(found, out)}")
 
 
-def _recipes(read: Mapping[str, Recipe], asked: Sequence[_Asked]) -> list[dict[str, Recipe]]:
+def _recipes(read: Mapping[str, Recipe], known: Sequence[Asked]) -> list[dict[str, Recipe]]:
     """For every model the recipes that were made for it; refused if one was made for none."""
-    out: list[dict[str, Recipe]] = [{} for _ in asked]
+    out: list[dict[str, Recipe]] = [{} for _ in known]
     for label, recipe in read.items():
         problem: ValueError | None = None
-        for one, its in zip(asked, out, strict=True):
+        for one, its in zip(known, out, strict=True):
             try:
                 fits(label, recipe, one.model, one.shape, one.cond)
                 its[label] = recipe
@@ -252,15 +177,7 @@ def _table(comparison: Comparison) -> Table:
 
 @app.command("recommend")
 def recommend_command(
-    model: Annotated[
-        str,
-        typer.Option(
-            "--model",
-            "-m",
-            help="A bundled model (`fewstep models`), or package.module:name of your own denoiser "
-            "(or of a function that returns it).",
-        ),
-    ] = "digits",
+    model: AnyModel = "digits",
     nfe: Annotated[
         int, typer.Option("--nfe", "-n", help="Network evaluations to spend on every sample.")
     ] = 8,
@@ -279,13 +196,13 @@ def recommend_command(
 
     Example: fewstep recommend --model digits --nfe 6
     """
-    _check_device(device)
-    asked = _asked(model, shape, guidance, device)
+    check_device(device)
+    known = asked(model, shape, guidance, device)
     made = recommend(
-        asked.model,
-        asked.shape,
+        known.model,
+        known.shape,
         nfe,
-        cond=asked.cond,
+        cond=known.cond,
         count=count,
         screen="all" if every else "short",
         seed=seed,
@@ -293,8 +210,8 @@ def recommend_command(
         device=device,
     )
     print(made)
-    if asked.options is not None:
-        print(f"Or: fewstep sample {asked.options} {made.options}")
+    if known.options is not None:
+        print(f"Or: fewstep sample {known.options} {made.options}")
 
 
 def _words(name: str, text: str) -> list[str]:

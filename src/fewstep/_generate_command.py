@@ -12,16 +12,14 @@ from typing import Annotated, Any
 import torch
 import typer
 
+from ._command_arguments import check_device, imported, integers
 from ._commands import (
     FinalName,
     GridName,
     ModelName,
     Nfe,
     SolverName,
-    _check_device,
     _chosen,
-    _imported,
-    _integers,
     _labels,
     app,
 )
@@ -113,7 +111,7 @@ def generate_command(
     if device == "cuda" and "LOCAL_RANK" in os.environ and ray is None:
         device = f"cuda:{os.environ['LOCAL_RANK']}"
     if ray is None:
-        _check_device(device)
+        check_device(device)
     cond: dict[str, Any] = {}
     if ":" in model:
         for name, value in {"class": classes, "guidance": guidance}.items():
@@ -121,8 +119,8 @@ def generate_command(
                 raise ValueError(f"{name} = {value} is for bundled models; put it in your denoiser")
         if shape is None:
             raise ValueError("shape is missing; give that of one sample, such as 3x32x32")
-        build: Callable[[], Model] = partial(_imported, model)
-        size = tuple(_integers("shape", shape, "x"))
+        build: Callable[[], Model] = partial(imported, model)
+        size = tuple(integers("shape", shape, "x"))
     else:
         bundled = find(model)
         if shape is not None:
