@@ -13,9 +13,10 @@ optimiser from the same starts: times only (LD3, arXiv 2405.15506, with its deco
 times), coefficients only (S4S, arXiv 2502.17423), one ratio per step (DC-Solver, arXiv 2409.03755).
 "One plan per class" is what `fewstep.calibrate(each="label")` makes of the learned plan.
 
-Plans are learned with as many network evaluations of single samples as EVALUATIONS says; seconds
-are of one core. Parts are kept in benchmarks/.cache/calibrate; delete it to redo. Two processes
-with one torch thread each.
+Plans are learned with as many network evaluations of single samples as EVALUATIONS says, each also
+from the one before with fewer evaluations, as `fewstep.calibrate` does; seconds are of one core.
+Parts are kept in benchmarks/.cache/calibrate; delete it to redo. Two processes with one torch
+thread each.
 """
 
 from __future__ import annotations
@@ -45,12 +46,14 @@ NFES = (4, 5, 6, 8, 10)
 #: For fits, for the choice, for the report.
 NOISES = {
     "mixture": (512, 128, 512),
-    "exact digits": (256, 128, 512),
+    "exact digits": (512, 192, 512),
     "trained digits": (512, 128, 512),
 }
+#: Of those for fits, for restrictions of the program, which have fewer numbers.
+FEWER = 256
 #: Of every class, over the number of evaluations, so that all of these cost about as much to fit.
 NOISES_PER_CLASS = 2000
-EVALUATIONS = {"mixture": 12_000_000, "exact digits": 7_000_000, "trained digits": 600_000}
+EVALUATIONS = {"mixture": 12_000_000, "exact digits": 14_000_000, "trained digits": 700_000}
 MODELS = ("mixture", "exact digits", "trained digits")
 OTHERS = tuple(m for m in METHODS if m != "learned")
 KINDS = {
@@ -158,24 +161,35 @@ def restricted(name: str, nfe: int, quick: bool) -> list[dict]:
     model, _, _, (train, held, test) = teachers(name, quick)
     hand, out = starts(model, held, nfe), []
     for kind, what in (("times", "times and labels"), ("coefficients", "coefficients")):
-        made = fs.learn(train, held, hand, what=what, jacobian=HOW[name], first_step=False)
+        made = fs.learn(train[:FEWER], held, hand, what=what, jacobian=HOW[name], first_step=False)
         spent = made.evaluations, made.seconds
         out.append(row(made.name, kind, test.errors(made.plan), *spent))
     return out
 
 
-def learned(name: str, nfe: int, quick: bool) -> list[dict]:
+def learned(name: str, nfe: int, quick: bool, shorter: int | None = None) -> list[dict]:
     """The learned plan."""
     torch.set_num_threads(1)
     model, _, _, (train, held, test) = teachers(name, quick)
     most = EVALUATIONS[name] // 10 if quick else EVALUATIONS[name]
     hand, began = starts(model, held, nfe), time.process_time()
-    made = fs.learn(train, held, hand, jacobian=HOW[name], evaluations=most)
+    if shorter is not None:
+        hand.append(fs.Plan.load(folder(name, shorter, quick) / LEARNED))
+    made = fs.learn(train, held, hand, nfe=nfe, jacobian=HOW[name], evaluations=most)
     seconds = time.process_time() - began
-    path = folder(name, nfe, quick) / "learned.safetensors"
+    path = folder(name, nfe, quick) / LEARNED
     path.parent.mkdir(parents=True, exist_ok=True)
     made.plan.save(path)
     return [row(made.name, "learned", test.errors(made.plan), made.evaluations, seconds)]
+
+
+LEARNED = "learned.safetensors"
+
+
+def all_learned(name: str, nfes: Sequence[int], quick: bool) -> list[tuple[Job, Any]]:
+    """The learned plans of a model, one after the other."""
+    pairs = zip((None, *nfes), nfes, strict=False)
+    return [part(("learned", name, nfe, quick), shorter=before) for before, nfe in pairs]
 
 
 def each(name: str, nfe: int, quick: bool) -> list[dict]:
@@ -219,7 +233,7 @@ def distribution(name: str, nfe: int, quick: bool) -> dict[str, fs.metrics.Estim
     parts = folder(name, nfe, quick)
     plans = {
         "solver": found_in(parts, f"solver-{nfe}")[0].plan,
-        "learned": fs.Plan.load(parts / "learned.safetensors"),
+        "learned": fs.Plan.load(parts / LEARNED),
     }
     data = None if name == "mixture" else fs.exact.digits().sample(count, seed=5).float()
     samples = {kind: run_plan(model, run, here.x, here.cond) for kind, run in plans.items()}
@@ -240,15 +254,17 @@ PARTS = {
     "each": each,
     "distribution": distribution,
 }
+Job = tuple[str, str, int]
+Results = dict[Job, Any]
 
 
-def part(job: tuple[str, str, int, bool]) -> tuple[tuple[str, str, int], Any]:
+def part(job: tuple[str, str, int, bool], **more: Any) -> tuple[Job, Any]:
     """One part of the measurement, from the cache if it is there."""
     kind, name, nfe, quick = job
     path = folder(name, nfe, quick) / f"{kind}.json"
     if not path.exists():
         began = time.time()
-        result = PARTS[kind](name, nfe, quick)
+        result = PARTS[kind](name, nfe, quick, **more)
         path.parent.mkdir(parents=True, exist_ok=True)
         path.with_suffix(".tmp").write_text(json.dumps(result))
         path.with_suffix(".tmp").replace(path)
@@ -269,7 +285,6 @@ def number(value: float) -> str:
     return f"{value:.3g}" if math.isfinite(value) else "inf"
 
 
-Results = dict[tuple[str, str, int], Any]
 #: Where the lines of a kind are; the others are in "fitted".
 PART = {
     "solver": "solvers",
@@ -280,9 +295,7 @@ PART = {
 }
 
 
-def page(
-    results: dict[tuple[str, str, int], Any], names: Sequence[str], nfes: Sequence[int]
-) -> str:
+def page(results: Results, names: Sequence[str], nfes: Sequence[int]) -> str:
     """The documentation page."""
     out = [
         "# What calibration gains",
@@ -431,13 +444,15 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     parser.add_argument("--picture", type=Path)
     chosen = parser.parse_args()
-    nfes = chosen.nfe or ([4, 6] if chosen.quick else list(NFES))
+    nfes = sorted(chosen.nfe or ([4, 6] if chosen.quick else NFES))
     order = [(name, n) for name in reversed(MODELS) if name in chosen.models for n in nfes]
     results: Results = {}
     with ProcessPoolExecutor(chosen.jobs) as pool:
-        for kinds in (("learned", "each", "restricted", "fitted", "solvers"), ("distribution",)):
+        plans = [pool.submit(all_learned, m, nfes, chosen.quick) for m in chosen.models]
+        for kinds in (("each", "restricted", "fitted", "solvers"), ("distribution",)):
             jobs = [(kind, name, n, chosen.quick) for name, n in order for kind in kinds]
             results.update(pool.map(part, jobs))
+            results.update(line for made in plans for line in made.result())
     text = page(results, chosen.models, nfes)
     print(text)
     if chosen.out is not None:

@@ -13,8 +13,7 @@ interval of the median of the paired ratios (`fewstep.metrics.error_ratio`) leav
 they are tied.
 
 Frechet distance: of features of the bundled classifier, of FRECHET_SAMPLES samples to as many
-converged samples of other noises, and to data, for the solvers of SHOWN, the best of the others,
-and what calibration makes.
+converged samples of other noises, and to data.
 
 Calibrated samplers are fitted at fewer numbers of evaluations, with as many network evaluations as
 LEARNING, SEARCHING and the counts of noises say. Parts are kept in benchmarks/.cache/patches, for
@@ -56,7 +55,7 @@ MODELS = ("patches-edm", "patches-flow")
 NFES = (4, 5, 6, 8, 10, 15, 20)
 GRIDS = ("softened_8", "softened", "lambda", "karras", "uniform", "quadratic")
 #: Where calibrated samplers are fitted, and where distributions are compared.
-CALIBRATED, DISTRIBUTIONS = (5, 6, 8, 10), (5, 8, 10)
+CALIBRATED, DISTRIBUTIONS = (5, 6, 8, 10), (5, 8)
 #: Noises of each of the two reports; on which grids are chosen, up to 10 evaluations and above;
 #: for fits, and for the choice of fits.
 REPORT, CHOICE, FEWER, FITTED, HELD = 40, 8, 4, 64, 32
@@ -68,10 +67,8 @@ EMS_SAMPLES, EMS_LEVELS, EMS_HELD = 48, 80, 16
 EMS_GRIDS = ("lambda", "softened", "softened_8")
 #: Seeds of the noises: two reports, the choice of grids, fits, samples, converged samples.
 REPORTS, CHOOSING, FITTING, SAMPLES, REFERENCE = (0, 1), 2, 3, 4, 5
-#: Solvers whose distribution is always looked at: the default, and what users have.
-SHOWN = ("flow_ipndm_2", "ddim", "dpmpp_2m", "dpmpp_3m", "unipc_2", "heun", "ipndm_4")
-#: And so many of the best others.
-BEST = 4
+#: Solvers of a trial: the default, and what users have.
+TRIED = ("flow_ipndm_2", "ddim", "dpmpp_2m", "dpmpp_3m", "unipc_2", "heun", "ipndm_4")
 KINDS = {
     "solver": "best solver as it is",
     "statistics": "model statistics (DPM-Solver-v3)",
@@ -186,7 +183,7 @@ def compiled(job: Job) -> tuple[list[fs.Plan], list[tuple[str, str]], dict[str, 
     model, _, _ = build(job.model)
     plans, names, missing = [], [], {}
     for solver in fs.solvers.values():
-        if solver.stochastic or solver.adaptive or (job.quick and solver.name not in SHOWN):
+        if solver.stochastic or solver.adaptive or (job.quick and solver.name not in TRIED):
             continue
         for grid in GRIDS:
             try:
@@ -334,28 +331,18 @@ def distributions(job: Job) -> dict[str, Any]:
     count = job.count(FRECHET_SAMPLES)
     here, there = teacher(job, SAMPLES, count), teacher(job, REFERENCE, count)
     reference = metrics.features(there.samples, network)
-    lines = part(replace(job, kind="errors"))["lines"]
-    medians = {m: pooled(line)[0] for m, line in lines.items()}
-    best = [m for m in sorted(medians, key=medians.__getitem__) if m not in SHOWN]
-    best = [m for m in best if lines[m]["kind"] == "solver"][:BEST]
-    wanted = {*SHOWN, *best, *(m for m in lines if lines[m]["kind"] != "solver")}
-    samples = {
-        m: run_plan(model, run, here.x, here.cond, 64)
-        for m, (_, _, run) in methods(job).items()
-        if m in wanted
-    }
-    samples["converged"] = here.samples
+    runs = {m: run for m, (_, _, run) in methods(job).items()}
     out = {}
-    for m, x in samples.items():
-        finite = x.flatten(1).isfinite().all(1)
-        if not bool(finite.all()):
+    for m in (*runs, "converged"):
+        x = run_plan(model, runs[m], here.x, here.cond, 64) if m in runs else here.samples
+        if not bool(x.isfinite().all()):
             out[m] = [[math.inf] * 3] * 2
             continue
         f = metrics.features(x, network)
         with warnings.catch_warnings():  # of a trial with too few samples
             warnings.simplefilter("ignore" if job.quick else "default")
             out[m] = [list(metrics.frechet_distance(f, other)) for other in (reference, data)]
-    return {"lines": out, "evaluations": count * job.nfe * (len(samples) - 1)}
+    return {"lines": out, "evaluations": count * job.nfe * len(runs)}
 
 
 PARTS: dict[str, Any] = {
@@ -528,11 +515,11 @@ def section(results: Results, name: str, nfes: Sequence[int]) -> list[str]:
     distances = {n: results["distributions", name, n]["lines"] for n in where}
     seen = list(dict.fromkeys(m for n in where for m in distances[n]))
 
-    def mean_log(m: str) -> float:
-        values = [max(distances[n][m][0][0], 1e-9) for n in where if m in distances[n]]
-        return float(np.mean(np.log(values)))
+    def far(m: str) -> tuple[int, float]:
+        values = [distances[n][m][0][0] for n in where if m in distances[n]]
+        return -len(values), float(np.mean(values))
 
-    seen = ["converged", *sorted((m for m in seen if m != "converged"), key=mean_log)]
+    seen = ["converged", *sorted((m for m in seen if m != "converged"), key=far)]
     rows = [
         [
             shown(m),
