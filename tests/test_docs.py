@@ -114,8 +114,8 @@ def test_the_printed_plan_is_what_is_printed():
 
 #: What makes a command of the documents small; None: it needs what a test does not have.
 REDUCED: dict[str, list[str] | None] = {
-    "calibrate": ["--noises", "16,8,16", "--methods", "learned"],
-    "compare": ["--count", "96", "--nfe", "4"],
+    "calibrate": ["--noises", "16,8,16", "--methods", "learned", "--budget", "10"],
+    "compare": ["--count", "96", "--nfe", "4", "--solvers", "ddim,dpmpp_2m"],
     "convert": None,
     "generate": [],
     "models": [],

@@ -464,7 +464,7 @@ def test_killed_at_random_times(tmp_path, forks, format, kills):
 @pytest.mark.slow
 def test_the_command_killed_at_twenty_random_times(tmp_path):
     code = "from fewstep._cli import main; main()"
-    options = "generate --count 6000 --shard 64 --batch 8 --nfe 16 --format tar --out"
+    options = "generate --count 3200 --shard 64 --batch 8 --nfe 16 --format tar --out"
     job = [sys.executable, "-c", code, *options.split()]
     subprocess.run([*job, str(tmp_path / "whole")], check=True)
     whole, out = contents(tmp_path / "whole"), tmp_path / "out"
@@ -474,7 +474,7 @@ def test_the_command_killed_at_twenty_random_times(tmp_path):
         process = subprocess.Popen([*job, str(out)], stderr=subprocess.DEVNULL)
         while process.poll() is None and (sorted(out.iterdir()) if out.exists() else []) == known:
             time.sleep(0.001)
-        time.sleep(random.uniform(0, 0.25))
+        time.sleep(random.uniform(0, 0.15))
         assert process.poll() is None, "the job is too short for so many kills"
         process.kill()
         process.wait()

@@ -225,14 +225,11 @@ def test_the_commands(tmp_path, monkeypatch, capsys) -> None:
             standalone_mode=False)  # fmt: skip
 
 
-#: Medians and root mean squares of the best of all deterministic solvers on all grids, chosen on
-#: 512 fresh noises; and what the plans per class are better by, at least.
-BEST = {5: (0.0232, 0.0268, 4.0, 2.6), 8: (0.0081, 0.0092, 5.0, 3.2)}
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize("nfe", BEST)
-def test_quality_of_a_plan_per_class(nfe: int) -> None:
+def test_quality_of_a_plan_per_class() -> None:
+    # Median and root mean square of the best of all deterministic solvers on all grids, chosen on
+    # 512 fresh noises; other numbers of evaluations are in benchmarks/calibrate.py.
+    nfe, median, rms = 5, 0.0232, 0.0268
     model = fs.models.load("digits")
     made = calibrate(
         model,
@@ -248,9 +245,8 @@ def test_quality_of_a_plan_per_class(nfe: int) -> None:
     label = torch.arange(512) % 10
     fresh = teach(model, (1, 8, 8), 512, cond={"label": label}, first=2000, nfe=96)
     errors = fresh.errors(made.plans[nfe])
-    median, rms, *factors = BEST[nfe]
-    assert np.median(errors) < median / factors[0]
-    assert np.sqrt(np.mean(errors**2)) < rms / factors[1]
+    assert np.median(errors) < median / 4
+    assert np.sqrt(np.mean(errors**2)) < rms / 2.6
     for k in range(10):  # nor does a class lose
         plain = fresh[(label == k).nonzero()[:, 0].tolist()]
         best = as_it_is(model, nfe, made.best_uncalibrated(nfe).name)
