@@ -11,7 +11,9 @@ are, the best grid and end are chosen on these very noises, which favours them.
 Learned samplers that are published are restrictions of one program here, fitted by the same
 optimiser from the same starts: times only (LD3, arXiv 2405.15506, with its decoupled network
 times), coefficients only (S4S, arXiv 2502.17423), one ratio per step (DC-Solver, arXiv 2409.03755).
-"One plan per class" is what `fewstep.calibrate(each="label")` makes of the learned plan.
+"One plan per class" is what `fewstep.calibrate(each="label")` makes of the learned plan; "by bands
+of modes" is the learned plan with coefficients of their own for five bands of the principal
+directions of the samples (method "bands").
 
 Plans are learned with as many network evaluations of single samples as EVALUATIONS says, each also
 from the one before with fewer evaluations, as `fewstep.calibrate` does; seconds are of one core.
@@ -46,14 +48,18 @@ NFES = (4, 5, 6, 8, 10)
 #: For fits, for the choice, for the report.
 NOISES = {
     "mixture": (512, 128, 512),
-    "exact digits": (512, 192, 512),
+    "exact digits": (1024, 512, 512),
     "trained digits": (512, 128, 512),
 }
 #: Of those for fits, for restrictions of the program, which have fewer numbers.
 FEWER = 256
 #: Of every class, over the number of evaluations, so that all of these cost about as much to fit.
 NOISES_PER_CLASS = 2000
-EVALUATIONS = {"mixture": 12_000_000, "exact digits": 14_000_000, "trained digits": 700_000}
+EVALUATIONS = {"mixture": 12_000_000, "exact digits": 6_000_000, "trained digits": 700_000}
+#: Of plans by bands, beside those of the learned plan that they start from.
+BANDS, BY_BANDS = 5, {"mixture": 4_000_000, "exact digits": 6_000_000, "trained digits": 700_000}
+#: Exact models have exact derivatives only where they are not rounded to float32.
+DTYPES = {"mixture": torch.float64, "exact digits": torch.float64, "trained digits": torch.float32}
 MODELS = ("mixture", "exact digits", "trained digits")
 OTHERS = tuple(m for m in METHODS if m != "learned")
 KINDS = {
@@ -64,6 +70,7 @@ KINDS = {
     "times": "times only (LD3)",
     "coefficients": "coefficients only (S4S)",
     "learned": "learned plan",
+    "bands": "learned, by bands of modes",
     "each": "learned, one plan per class",
 }
 
@@ -88,7 +95,8 @@ def teachers(name: str, quick: bool) -> tuple[fs.Denoiser, tuple[int, ...], Any,
     for count, first, nfe in places:
         count = count // 8 if quick else count
         here = taken(cycled(cond, first + count), slice(first, None), first + count)
-        out.append(fs.teach(model, shape, count, cond=here, first=first, nfe=nfe))
+        made = fs.teach(model, shape, count, cond=here, first=first, nfe=nfe, dtype=DTYPES[name])
+        out.append(made)
     return model, shape, cond, out
 
 
@@ -186,10 +194,31 @@ def learned(name: str, nfe: int, quick: bool, shorter: int | None = None) -> lis
 LEARNED = "learned.safetensors"
 
 
+def by_bands(name: str, nfe: int, quick: bool) -> list[dict]:
+    """The learned plan with coefficients for every band."""
+    torch.set_num_threads(1)
+    model, _, _, (train, held, test) = teachers(name, quick)
+    most = BY_BANDS[name] // 10 if quick else BY_BANDS[name]
+    start, began = fs.Plan.load(folder(name, nfe, quick) / LEARNED), time.process_time()
+    made = fs.learn(
+        train,
+        held,
+        [start],
+        guards=starts(model, held, nfe),
+        jacobian=HOW[name],
+        first_step=False,
+        bands=BANDS,
+        evaluations=most,
+    )
+    seconds = time.process_time() - began
+    return [row(made.name, "bands", test.errors(made.plan), made.evaluations, seconds)]
+
+
 def all_learned(name: str, nfes: Sequence[int], quick: bool) -> list[tuple[Job, Any]]:
     """The learned plans of a model, one after the other."""
     pairs = zip((None, *nfes), nfes, strict=False)
-    return [part(("learned", name, nfe, quick), shorter=before) for before, nfe in pairs]
+    made = [part(("learned", name, nfe, quick), shorter=before) for before, nfe in pairs]
+    return made + [part(("bands", name, nfe, quick)) for nfe in nfes]
 
 
 def each(name: str, nfe: int, quick: bool) -> list[dict]:
@@ -251,9 +280,13 @@ PARTS = {
     "fitted": fitted,
     "restricted": restricted,
     "learned": learned,
+    "bands": by_bands,
     "each": each,
     "distribution": distribution,
 }
+#: What runs beside the learned plans, and after them.
+ALL = (("each", "restricted", "fitted", "solvers"), ("distribution",))
+SHORT = (("solvers",),)
 Job = tuple[str, str, int]
 Results = dict[Job, Any]
 
@@ -291,22 +324,25 @@ PART = {
     "times": "restricted",
     "coefficients": "restricted",
     "learned": "learned",
+    "bands": "bands",
     "each": "each",
 }
 
 
-def page(results: Results, names: Sequence[str], nfes: Sequence[int]) -> str:
+def page(
+    results: Results, names: Sequence[str], nfes: Sequence[int], options: str, picture: str
+) -> str:
     """The documentation page."""
     out = [
         "# What calibration gains",
         "",
-        "Made by `python benchmarks/calibrate.py`, which says how. Errors are distances to the "
-        "converged sample from the same noise, over 512 fresh noises: median / root mean square "
-        "(of solvers as they are, the best of each). Below "
+        f"Made by `python benchmarks/calibrate.py{options}`, which says how. Errors are "
+        "distances to the converged sample from the same noise, over 512 fresh noises: median / "
+        "root mean square (of solvers as they are, the best of each). Below "
         "a method: the factor by which its median is smaller than that of the best solver as it "
         "is.",
         "",
-        "![errors against evaluations](calibrate.png)",
+        f"![errors against evaluations]({picture})",
     ]
     for name in names:
         out += ["", f"## {name[0].upper() + name[1:]}", ""]
@@ -351,6 +387,8 @@ def page(results: Results, names: Sequence[str], nfes: Sequence[int]) -> str:
             for s in ranked
         ]
         out.append(table(["solver", *head[1:]], lines))
+    if ("distribution", names[0], nfes[0]) not in results:
+        return "\n".join(out) + "\n"
     out += [
         "",
         "## Distributions",
@@ -414,11 +452,12 @@ def draw(results: Results, names: Sequence[str], nfes: Sequence[int], path: Path
         "#66a61e",
         "#1f78b4",
         "#d95f02",
-        "#a6006a",
+        "#e7298a",
+        "#5c0a3c",
     ]
     for axes, name in zip(np.ravel(figure.subplots(1, len(names))), names, strict=True):
         for (kind, label), colour in zip(KINDS.items(), colours, strict=True):
-            if not results[PART.get(kind, "fitted"), name, nfes[0]]:
+            if not results.get((PART.get(kind, "fitted"), name, nfes[0])):
                 continue
             best = [best_of(results, name, n, kind) for n in nfes]
             axes.plot(nfes, [b["median"] for b in best], "o-", color=colour, label=label)
@@ -438,6 +477,9 @@ def main() -> None:
     """Measure, and write the page."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="fewer noises, solvers and NFE")
+    parser.add_argument(
+        "--short", action="store_true", help="only solvers as they are, and learned plans"
+    )
     parser.add_argument("--models", nargs="*", default=list(MODELS), choices=MODELS)
     parser.add_argument("--nfe", nargs="*", type=int, default=None)
     parser.add_argument("--jobs", type=int, default=2)
@@ -449,11 +491,16 @@ def main() -> None:
     results: Results = {}
     with ProcessPoolExecutor(chosen.jobs) as pool:
         plans = [pool.submit(all_learned, m, nfes, chosen.quick) for m in chosen.models]
-        for kinds in (("each", "restricted", "fitted", "solvers"), ("distribution",)):
+        for kinds in SHORT if chosen.short else ALL:
             jobs = [(kind, name, n, chosen.quick) for name, n in order for kind in kinds]
             results.update(pool.map(part, jobs))
             results.update(line for made in plans for line in made.result())
-    text = page(results, chosen.models, nfes)
+    options = " --short" * chosen.short
+    if chosen.models != list(MODELS):
+        options += " --models " + " ".join(f'"{m}"' for m in chosen.models)
+    text = page(
+        results, chosen.models, nfes, options, (chosen.picture or Path("calibrate.png")).name
+    )
     print(text)
     if chosen.out is not None:
         chosen.out.write_text(text)

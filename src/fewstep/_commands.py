@@ -193,9 +193,9 @@ def calibrate_command(
             "--each-class", help="Also learn a plan for every class; --noises are then per class."
         ),
     ] = False,
-    methods: Annotated[str, typer.Option(help=f"What to try, of {', '.join(METHODS)}.")] = ",".join(
-        METHODS
-    ),
+    methods: Annotated[
+        str, typer.Option(help=f"What to try, of {', '.join(METHODS)}, bands.")
+    ] = ",".join(METHODS),
     jacobian: Annotated[
         str,
         typer.Option(

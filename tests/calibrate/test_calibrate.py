@@ -157,6 +157,27 @@ def test_statistics_of_two_seeds_differ_by_less_than_they_gain():
         assert abs(ours[0] - ours[1]) < 0.5 * (plain - max(ours))
 
 
+def test_bands_are_a_candidate_where_they_are_asked_for(tmp_path):
+    gaussian = fs.exact.Gaussian(np.linspace(-1, 1, 12), np.geomspace(9, 1e-3, 12))
+    model = gaussian.denoiser(fs.EDM())
+    how = {"noises": (64, 32, 64), "methods": ["learned", "bands"], "jacobian": "differences"}
+    made = fs.calibrate(model, (12,), 2, progress=False, resume=tmp_path / "parts", **how)
+    assert made.chosen(2).kind == "bands"
+    assert made.plans[2].basis is not None
+    learned = next(c for c in made.candidates if c.kind == "learned")
+    assert made.chosen(2).median < learned.median / 2
+    made.save(tmp_path / "recipe")
+    again = Recipe.load(tmp_path / "recipe")
+    assert again.plans == made.plans
+    x = torch.randn(3, 12, generator=torch.Generator().manual_seed(0)) * 80
+    found = [fs.sample(model, solver=r.plan_for(model, 2), x=x) for r in (made, again)]
+    assert torch.equal(*found)
+    resumed = fs.calibrate(model, (12,), 2, progress=False, resume=tmp_path / "parts", **how)
+    assert resumed.plans == made.plans
+    with pytest.raises(ValueError, match=r"methods = \['bands'\]; 'bands' starts from 'learned'"):
+        fs.calibrate(model, (12,), 2, progress=False, methods=["bands"])
+
+
 def test_a_budget_leaves_out_what_does_not_fit_and_says_so():
     made = fitted(mixture(), methods=METHODS, budget=1e-3)
     assert made.info["skipped"]

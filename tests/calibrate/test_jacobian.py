@@ -9,7 +9,14 @@ from torch import Tensor, nn
 
 import fewstep as fs
 from fewstep._calibrate._jacobian import MODES, Machine
-from fewstep._calibrate._program import Program, Space, answered, program_of
+from fewstep._calibrate._program import (
+    Program,
+    Space,
+    answered,
+    banded,
+    principal,
+    program_of,
+)
 
 torch.set_num_threads(1)
 
@@ -64,7 +71,7 @@ def _columns(
     model: fs.Denoiser, program: Program, x: Tensor, cond: dict[str, Tensor]
 ) -> np.ndarray:
     """J (numbers, count, elements) by central differences of whole runs."""
-    space, machine = Space(model.process, program.nfe), Machine(model)
+    space, machine = Space(model.process, program.nfe, bands=program.bands), Machine(model)
     vector = space.vector(program)
     out = []
     for i in range(space.size):
@@ -79,8 +86,15 @@ def _columns(
 
 @pytest.mark.parametrize(("process", "predicts", "shape"), CASES)
 @pytest.mark.parametrize("blind", [False, True])
-def test_modes_agree(process, predicts, shape, blind: bool) -> None:
+@pytest.mark.parametrize("bands", [1, 2])
+def test_modes_agree(process, predicts, shape, blind: bool, bands: int) -> None:
     model, program, x, cond, target = _problem(process, predicts, shape, torch.float64, blind=blind)
+    if bands > 1:
+        source = torch.Generator().manual_seed(2)
+        groups = principal(torch.randn(20, *shape, generator=source), bands)
+        assert groups is not None
+        program = banded(program, groups)
+        program.b[:] *= np.linspace(0.9, 1.1, bands)
     J = _columns(model, program, x, cond)
     free = np.arange(len(J))
     weights = np.linspace(0.5, 2.0, len(x))

@@ -294,6 +294,25 @@ def test_a_free_first_step_saves_an_evaluation() -> None:
     assert np.allclose(again.errors, learned.errors)
 
 
+@pytest.mark.parametrize("name", ["EDM", "table"])
+@pytest.mark.parametrize("jacobian", ["reverse", "differences"])
+def test_bands_follow_every_direction(name: str, jacobian: str) -> None:
+    """Of a Gaussian every direction has its own linear equation, which numbers per band follow more
+    closely than the same for all."""
+    gaussian = fs.exact.Gaussian(np.linspace(-1, 1, 12), np.geomspace(9, 1e-3, 12))
+    model = gaussian.denoiser(*PROCESSES[name])
+    train, held, _ = _teachers(model, (12,), count=64)
+    start = learn(train, held, _starts(model, 2), jacobian=jacobian, iterations=40)
+    wide = learn(
+        train, held, [start.plan], guards=_starts(model, 2), bands=4, jacobian=jacobian,
+        iterations=60, first_step=False,
+    )  # fmt: skip
+    assert wide.plan.basis is not None
+    assert wide.plan.nfe == 2
+    assert np.median(wide.errors) < np.median(start.errors) / 2
+    _no_worse(wide, [start.plan], held)
+
+
 @pytest.mark.parametrize("first_step", [False, True])
 @pytest.mark.parametrize("name", PROCESSES)
 def test_evaluations_put_into_a_shorter_plan_change_nothing_at_first(
@@ -425,6 +444,9 @@ def test_refusals() -> None:
         learn(train, held, starts, nfe=5, guards=_starts(model, 5), what="times")
     with pytest.raises(ValueError, match=r"guards have \[\] evaluations; need 5, and at least one"):
         learn(train, held, starts, nfe=5)
+    for bands, what in ((0, "all"), (3, "times")):
+        with pytest.raises(ValueError, match=f"bands = {bands} with what = '{what}'; need 1"):
+            learn(train, held, starts, bands=bands, what=what)
     with pytest.raises(ValueError, match=r"guards have \[5\] evaluations; need 4"):
         learn(train, held, starts, guards=_starts(model, 5))
 

@@ -7,7 +7,15 @@ import pytest
 import torch
 
 import fewstep as fs
-from fewstep._calibrate._program import Space, answered, plan_of, program_of
+from fewstep._calibrate._jacobian import Machine
+from fewstep._calibrate._program import (
+    Space,
+    answered,
+    banded,
+    plan_of,
+    principal,
+    program_of,
+)
 
 torch.set_num_threads(1)
 
@@ -112,6 +120,62 @@ def test_vectors_and_programs_are_the_same(name: str) -> None:
         vector[:4] += 0.01
         times = space.program(vector, program).times
         assert np.array_equal(times, np.round(times))
+
+
+@pytest.mark.parametrize("shape", [(6,), (2, 3, 2), (1,)])
+def test_bands_are_principal_directions_in_order(shape: tuple[int, ...]) -> None:
+    size = int(np.prod(shape))
+    scales = torch.linspace(3, 0.1, size, dtype=torch.float64)
+    source = torch.Generator().manual_seed(0)
+    samples = torch.randn(5000, size, generator=source, dtype=torch.float64) * scales + 2
+    bands = principal(samples.reshape(-1, *shape), 3)
+    if size == 1:
+        assert bands is None
+        return
+    assert bands is not None
+    assert bands.count == 3
+    assert list(bands.index) == sorted(bands.index)
+    rank = len(bands.index) - 1
+    assert (bands.index[:-1] < 2).all()
+    assert bands.basis.columns is not None
+    assert np.abs(np.diag(bands.basis.columns[:rank])).min() > 0.9
+    spread = bands.spread(np.array([[1.0, 2.0, 3.0]]))
+    assert spread.shape == (1, rank + size)
+    assert (spread[0, rank:] == 3).all()
+    for few in (1, 2, 3):  # no more than the samples know
+        known = principal(samples[:few].reshape(-1, *shape), 5)
+        assert known is None or len(known.index) <= few
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("first_step", [False, True])
+def test_plans_with_bands(name: str, first_step: bool, tmp_path) -> None:
+    """The same numbers in every band change nothing; others run as the program says."""
+    model = MODELS[name]
+    program = program_of(fs.plan("ipndm_3", model, 5))
+    if first_step:
+        program = answered(program, np.array([0.1, 0.3]))
+    bands = principal(torch.tensor([[1.0, 0.9], [-1.0, -0.8], [0.1, -0.1]]), 2)
+    assert bands is not None
+    wide, x = banded(program, bands), _noise(model)
+    want = fs.sample(model, solver=plan_of(program, model), x=x)
+    got = fs.sample(model, solver=plan_of(wide, model), x=x)
+    assert torch.allclose(got, want, rtol=1e-9, atol=1e-9 * program.gain)
+    space = Space(model.process, wide.nfe, model.rounds, bands)
+    vector = space.vector(wide)
+    assert len(vector) == space.size
+    vector[wide.nfe :] *= 1 + 0.1 * np.random.default_rng(0).normal(size=len(vector) - wide.nfe)
+    if not first_step:
+        vector[list(space.places("a", 0))] = 1.0
+    moved = space.program(vector, wide)
+    assert moved.b[3, 1, 1] == vector[space.place("b", 3, 1) + 1]
+    assert np.array_equal(space.vector(moved), vector)
+    run = plan_of(moved, model)
+    run.save(tmp_path / "plan.safetensors")
+    assert fs.Plan.load(tmp_path / "plan.safetensors") == run
+    want = Machine(model).run(moved, x, {}).result
+    assert torch.allclose(fs.sample(model, solver=run, x=x), want, rtol=1e-9, atol=1e-9)
+    assert not torch.allclose(want, got, rtol=1e-3, atol=1e-3)
 
 
 def test_what_is_no_program_is_refused() -> None:

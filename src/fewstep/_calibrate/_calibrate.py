@@ -42,11 +42,22 @@ from ._teacher import Counted, Teacher, cycled, shared_errors, taken, teach
 
 __all__ = ["METHODS", "calibrate", "candidate", "found_in", "screened"]
 
-#: What can be tried beside the solvers as they are, in the order in which it is.
+#: What is tried beside the solvers as they are; and what can be, in the order in which it is.
 METHODS = ("learned", "compensated", "statistics", "search")
+_IN_TURN = ("learned", "bands", *METHODS[1:])
+
+#: Of method "bands": more gain little, and need more noises.
+_BANDS = 5
 
 #: How a budget is shared among them.
-_SHARES = {"learned": 6.0, "compensated": 0.5, "statistics": 2.0, "search": 2.0, "each": 10.0}
+_SHARES = {
+    "learned": 6.0,
+    "bands": 6.0,
+    "compensated": 0.5,
+    "statistics": 2.0,
+    "search": 2.0,
+    "each": 10.0,
+}
 
 #: Few, so that large networks can afford them: good below ten evaluations on the problems of
 #: benchmarks/defaults.py, or what users have today. screen = "all" tries every one.
@@ -238,7 +249,9 @@ def calibrate(
         learn one plan for each of its values, from the "learned" plan that is one for all. A sample
         then has the plan of its value, in one network call with samples of other values.
     methods: of "learned" (plans fitted in canonical form), "compensated" (DC-Solver), "statistics"
-        (DPM-Solver-v3), "search" (USF / S^3).
+        (DPM-Solver-v3), "search" (USF / S^3); and, if asked for, "bands": the learned plan with
+        coefficients of their own for five bands of principal directions of the samples, for
+        samples of this shape only.
     noises: for fits, for the choice, for the report; with `each`, of every value.
     jacobian: of learned plans: "reverse", "forward", or "differences" (network calls only: for
         compiled, quantised, half-precision or remote networks).
@@ -319,7 +332,7 @@ def calibrate(
             bar.set_description(f"NFE {count}: solvers")
             found[count] = store.found(f"solver-{count}", lambda c=count: _solvers(job, c))
             bar.update()
-        todo = [(m, c) for m in METHODS if m in methods for c in counts]
+        todo = [(m, c) for m in _IN_TURN if m in methods for c in counts]
         if each is not None:
             todo += [("each", c) for c in counts]
         for i, (method, count) in enumerate(todo):
@@ -397,8 +410,10 @@ def _check_arguments(
             "predicts=...)"
         )
     for method in methods:
-        if method not in METHODS:
-            raise ValueError(unknown("methods", method, METHODS))
+        if method not in _IN_TURN:
+            raise ValueError(unknown("methods", method, _IN_TURN))
+    if "bands" in methods and "learned" not in methods:
+        raise ValueError(f"methods = {list(methods)}; 'bands' starts from 'learned'")
     if len(noises) != 3 or min(noises) < 2:
         raise ValueError(
             f"noises = {noises}; need three numbers of at least 2: for fits, for the choice, for "
@@ -593,6 +608,25 @@ def _learned(
     yield _Found(made.name, "learned", made.plan, int(spent[0]), spent[1])
 
 
+def _bands(job: _Job, nfe: int, found: Sequence[_Found], budget: float | None) -> Iterator[_Found]:
+    """The learned plan with coefficients for every band of directions."""
+    (start,) = (f for f in found if f.kind == "learned")
+    with job.cost() as spent:
+        made = learn(
+            *job.few,
+            [start.one],
+            guards=[f.one for f in found if f.kind == "solver"],
+            bands=_BANDS,
+            jacobian=job.jacobian,
+            first_step=False,
+            iterations=_ITERATIONS,
+            budget=budget,
+            seed=job.seed,
+        )
+    name = f"{start.name}, {_BANDS} bands"
+    yield _Found(name, "bands", made.plan, int(spent[0]), spent[1])
+
+
 def _each(job: _Job, nfe: int, found: Sequence[_Found], budget: float | None) -> Iterator[_Found]:
     """For every value of a condition, its plan."""
     assert job.each is not None
@@ -756,6 +790,7 @@ _FITS: dict[str, Callable[[_Job, int, Sequence[_Found], float | None], Iterator[
     "statistics": _with_statistics,
     "search": _searched,
     "each": _each,
+    "bands": _bands,
 }
 
 

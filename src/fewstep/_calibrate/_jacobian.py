@@ -61,9 +61,12 @@ _TIME_STEP, _HOST_STEP = 1e-2, 1e-4
 
 @dataclass(frozen=True, eq=False)
 class Walk:
-    """A program's run: z_0 .. z_N and D_0 .. D_{N-1}."""
+    """A program's run: z_0 .. z_N, and what rows add up: the modes of x, of m, and of D_0 ..
+    D_{N-1} (or x, m and D themselves)."""
 
     states: list[Tensor]
+    x: Tensor
+    mean: Tensor | None
     data: list[Tensor]
 
     @property
@@ -93,6 +96,20 @@ def _forward_mode() -> None:
 def _inner(u: Tensor, v: Tensor) -> Tensor:
     """Of every sample, the sum of products."""
     return (u * v).flatten(1).sum(1)
+
+
+def _add(z: Tensor, v: Tensor, c: float | Tensor) -> None:
+    """z += c v, where a tensor c is one number per mode."""
+    if isinstance(c, Tensor):
+        z.addcmul_(v, c)
+    else:
+        z.add_(v, alpha=c)
+
+
+def _masks(program: Program, like: Tensor) -> Tensor | None:
+    """The modes of every band (bands, modes): 1, elsewhere 0."""
+    bands = program.bands
+    return None if bands is None else like.new_tensor(bands.spread(np.eye(bands.count)))
 
 
 @dataclass(frozen=True, eq=False)
@@ -139,18 +156,20 @@ class Machine:
 
     def run(self, program: Program, x: Tensor, cond: Mapping[str, Any]) -> Walk:
         """The run of a program from noise x."""
-        walk = Walk([], [])
-        mean, levels = program.mean_like(x), program.levels(self.model.process)
+        levels, mean = program.levels(self.model.process), program.mean_like(x)
         with torch.no_grad():
+            walk = Walk([], program.modes(x), None if mean is None else _one(program, mean), [])
+            a, b, c = program.coefficients(walk.x)
             for k in range(program.nfe + 1):
-                z = x * float(program.a[k])
-                if mean is not None:
-                    z += mean * float(program.c[k])
+                z = walk.x * a[k]
+                if walk.mean is not None:
+                    z += walk.mean * c[k]
                 for j in range(k):
-                    z.add_(walk.data[j], alpha=float(program.b[k, j]))
-                walk.states.append(z)
+                    _add(z, walk.data[j], b[k][j])
+                walk.states.append(program.image(z))
                 if k < program.nfe:
-                    walk.data.append(self.data(z, levels[k], cond))
+                    data = self.data(walk.states[k], levels[k], cond)
+                    walk.data.append(program.modes(data))
         return walk
 
     def products(
@@ -166,7 +185,7 @@ class Machine:
     ) -> Products:
         """J^T r and the matrix, over the numbers that are `free` (indices in `Space`; the others
         are 0). weights (count,): w. generator: of the probes of mode "reverse"."""
-        space = Space(self.model.process, program.nfe)
+        space = Space(self.model.process, program.nfe, bands=program.bands)
         wanted = {int(i) for i in free}
         if self.mode == "reverse":
             signs = [
@@ -223,29 +242,34 @@ class Machine:
         wanted: set[int],
     ) -> list[Array]:
         """J^T v of every vector, (count, numbers) each."""
-        n, mean = program.nfe, program.mean_like(x)
-        levels = program.levels(self.model.process)
+        n, levels = program.nfe, program.levels(self.model.process)
         exact = self._differentiable(x[:1], levels[-1], _first(cond, len(x)))
         out = [np.zeros((len(x), space.size)) for _ in vectors]
+        masks, table = _masks(program, walk.x), program.coefficients(walk.x)[1]
+        last = [program.modes(v) for v in vectors]
         # Adjoints of the data predictions, and of the state in hand.
-        up = [[torch.zeros_like(x) for _ in range(n)] for _ in vectors]
+        up = [[torch.zeros_like(walk.x) for _ in range(n)] for _ in vectors]
         for k in range(n, -1, -1):
-            here = list(vectors)
+            here = last
             if k < n:
                 timed = space.place("t", k) in wanted
-                adjoints = [u[k] for u in up]
+                adjoints = [program.image(u[k]) for u in up]
                 here, slopes = self._call_reverse(
                     walk.states[k], levels[k], cond, adjoints, timed, exact
                 )
+                here = [program.modes(v) for v in here]
                 for rows, slope in zip(out, slopes, strict=True):
                     rows[:, space.place("t", k)] = slope
             for rows, u, v in zip(out, up, here, strict=True):
-                for kind, j, term in _terms_of(k, x, mean, walk):
-                    i = space.place(kind, k, j)
-                    if i in wanted:
-                        rows[:, i] = _inner(v, term).double().cpu().numpy()
+                for kind, j, term in _terms_of(k, walk):
+                    places = space.places(kind, k, j)
+                    if places[0] in wanted or places[-1] in wanted:
+                        found = (v * term).flatten(1)
+                        found = found.sum(1)[:, None] if masks is None else found @ masks.T
+                        for i, part in zip(places, found.double().cpu().numpy().T, strict=True):
+                            rows[:, i] = part if i in wanted else 0.0
                     if kind == "b":
-                        u[j].add_(v, alpha=float(program.b[k, j]))
+                        _add(u[j], v, table[k][j])
         return out
 
     def _call_reverse(
@@ -302,35 +326,43 @@ class Machine:
         weights: Array,
         wanted: set[int],
     ) -> Products:
-        n, mean = program.nfe, program.mean_like(x)
-        levels = program.levels(self.model.process)
+        n, levels = program.nfe, program.levels(self.model.process)
         exact = self._differentiable(x[:1], levels[-1], _first(cond, len(x)))
-        moved: list[dict[int, Tensor]] = []  # dD_k by number
+        masks, table = _masks(program, walk.x), program.coefficients(walk.x)[1]
+        moved: list[dict[int, Tensor]] = []  # modes of dD_k by number
         tangents: dict[int, Tensor] = {}
         for k in range(n + 1):
             tangents = {}
             for j, here in enumerate(moved[:k]):
                 for i, v in here.items():
-                    part = v * float(program.b[k, j])
+                    part = v * table[k][j]
                     tangents[i] = tangents[i] + part if i in tangents else part
-            for kind, j, term in _terms_of(k, x, mean, walk):
-                i = space.place(kind, k, j)
-                if i in wanted:
-                    tangents[i] = term.expand_as(x)
+            for kind, j, term in _terms_of(k, walk):
+                for g, i in enumerate(space.places(kind, k, j)):
+                    if i in wanted:
+                        tangents[i] = (term if masks is None else term * masks[g]).expand_as(walk.x)
             if k == n:
                 break
             z, level = walk.states[k], levels[k]
             base = self._base(z, level, cond) if tangents else None
-            moved.append({i: self._pushed(z, v, level, cond, base) for i, v in tangents.items()})
+            moved.append(
+                {
+                    i: program.modes(self._pushed(z, program.image(v), level, cond, base))
+                    for i, v in tangents.items()
+                }
+            )
             if (i := space.place("t", k)) in wanted:
-                moved[k][i] = (
+                slope = (
                     self._time_tangent(z, level, cond) if exact else self._in_time(z, level, cond)
                 )
+                moved[k][i] = program.modes(slope)
+        residual = program.modes(residual)
         out, gram = np.zeros((len(x), space.size)), np.zeros((space.size, space.size))
         index = sorted(tangents)
         for i in index:
             out[:, i] = _inner(tangents[i], residual).double().cpu().numpy()
-        root = torch.as_tensor(np.sqrt(weights)).to(x).reshape(-1, *(1 for _ in x.shape[1:]))
+        root = torch.as_tensor(np.sqrt(weights)).to(x)
+        root = root.reshape(-1, *(1 for _ in residual.shape[1:]))
         columns = torch.stack([(root * tangents[i]).flatten() for i in index])
         gram[np.ix_(index, index)] = (columns @ columns.T).double().cpu().numpy()
         taken = sum(map(len, moved)) * len(x) if self.mode == "forward" else 0
@@ -392,11 +424,16 @@ class Machine:
         return dp * z + dq * out.to(z.dtype) + q * slope.to(z.dtype)
 
 
-def _terms_of(k: int, x: Tensor, mean: Tensor | None, walk: Walk) -> list[tuple[str, int, Tensor]]:
+def _one(program: Program, v: Tensor) -> Tensor:
+    """The modes of one sample, without a batch axis."""
+    return program.modes(v[None])[0]
+
+
+def _terms_of(k: int, walk: Walk) -> list[tuple[str, int, Tensor]]:
     """What z_k is a sum of: (kind, j, term)."""
-    terms = [("a", 0, x)]
-    if mean is not None:
-        terms.append(("c", 0, mean))
+    terms = [("a", 0, walk.x)]
+    if walk.mean is not None:
+        terms.append(("c", 0, walk.mean))
     return [*terms, *(("b", j, walk.data[j]) for j in range(k))]
 
 

@@ -44,7 +44,7 @@ from .._prediction import unknown
 from .._process import Array
 from .._sampling import plan
 from ._jacobian import Machine, Walk
-from ._program import Program, Space, answered, longer, plan_of, program_of
+from ._program import Program, Space, answered, banded, longer, plan_of, principal, program_of
 from ._teacher import Counted, Teacher
 
 __all__ = ["LOSSES", "WHAT", "Fit", "Learned", "Progress", "data_mean", "learn", "score"]
@@ -222,6 +222,7 @@ def learn(
     cap: float = 1.5,
     probes: int = 2,
     step: float | None = None,
+    bands: int = 1,
     seed: int = 0,
     each: Callable[[Progress], None] | None = None,
     resume: Progress | None = None,
@@ -247,6 +248,9 @@ def learn(
         units of the largest of the starts.
     probes: random products per iteration, for "reverse". step: relative size of perturbations, for
         "differences"; None: by the dtype that the network answers in.
+    bands: coefficients differ between so many bands of principal directions of the samples. The
+        plan is then for samples of this shape. Starts may be learned plans: 5 bands of one that
+        is learned on a thousand noises take another tenth off its median error (docs/calibrate.md).
     each: called after every iteration. resume: progress of an earlier call, to go on from.
     """
     for name, value, known in (("loss", loss, LOSSES), ("what", what, WHAT)):
@@ -254,11 +258,13 @@ def learn(
             raise ValueError(unknown(name, value, known))
     if not starts:
         raise ValueError("starts is empty; give at least one plan")
+    if bands < 1 or (bands > 1 and what.startswith("times")):
+        raise ValueError(f"bands = {bands} with what = {what!r}; need 1, or more with free rows")
     if len(held) < 2:
         raise ValueError(f"held has {len(held)} samples; need at least 2")
     return _Learner(
         train, held, list(starts), nfe, list(guards), jacobian, what, first_step, loss, iterations,
-        budget, evaluations, cap, probes, step, seed, each, resume,
+        budget, evaluations, cap, probes, step, bands, seed, each, resume,
     ).result()  # fmt: skip
 
 
@@ -282,6 +288,7 @@ class _Learner:
         cap: float,
         probes: int,
         step: float | None,
+        bands: int,
         seed: int,
         each: Callable[[Progress], None] | None,
         resume: Progress | None,
@@ -305,7 +312,8 @@ class _Learner:
                 f"{self.n}, N + 1 for those that begin with a free first step, or, with what = "
                 "'all', fewer"
             )
-        self.space = Space(self.process, self.n, self.model.rounds)
+        self.bands = principal(train.samples, bands) if bands > 1 else None
+        self.space = Space(self.process, self.n, self.model.rounds, self.bands)
         scale = float(train.samples.double().square().mean().sqrt())
         error = train.error if math.isfinite(train.error) else 0.0
         self.delta = (1e-4 * scale) ** 2 + error**2
@@ -372,6 +380,8 @@ class _Learner:
         if self.process.t_clean is not None:
             # Whatever its last level was, it is fitted to samples at sigma = 0.
             program = replace(program, end=float(self.process.t_clean))
+        if self.bands is not None:
+            program = banded(program, self.bands)
         fit = Fit(name, program, self.what, self.loss, np.empty(0))
         fit.first_step, fit.kind = first_step, kind
         if self.what.startswith("times"):
@@ -390,10 +400,10 @@ class _Learner:
         times = [space.place("t", k) for k in range(n) if np.isfinite(lam[k])]
         if fit.what == "labels":
             return np.array(times)
-        a = [space.place("a", k) for k in range(0 if fit.first_step else 1, n + 1)]
-        c = [space.place("c", k) for k in range(n + 1)] if fit.first_step else []
-        b = [space.place("b", k, j) for k in range(1, n + 1) for j in range(k)]
-        rows = [*a, *c, *b]
+        coefficients = [("a", k, 0) for k in range(0 if fit.first_step else 1, n + 1)]
+        coefficients += [("c", k, 0) for k in range(n + 1)] if fit.first_step else []
+        coefficients += [("b", k, j) for k in range(1, n + 1) for j in range(k)]
+        rows = [i for which in coefficients for i in space.places(*which)]
         return np.array(rows if fit.what == "coefficients" else [*times, *rows])
 
     def _first(self, fit: Fit) -> Array:

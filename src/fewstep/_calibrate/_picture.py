@@ -20,6 +20,7 @@ _COLOURS = {
     "statistics": "#7570b3",
     "search": "#e6ab02",
     "learned": "#d95f02",
+    "bands": "#1f78b4",
     "each": "#a6006a",
 }
 _LABELS = {
@@ -28,6 +29,7 @@ _LABELS = {
     "statistics": "model statistics (DPM-Solver-v3)",
     "search": "searched (USF)",
     "learned": "learned plan",
+    "bands": "learned, by bands of modes",
     "each": "learned, one plan per value",
 }
 _COLUMNS = 8

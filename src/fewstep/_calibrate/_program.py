@@ -14,33 +14,89 @@ plan of a program: N(N + 5) / 2 numbers, and N + 2 more where the first step is 
 A first step that is free has z_0 = a_0 x + c_0 m. Where noise dominates, the first evaluation of a
 hand-made solver says little more than the mean of the data (`fewstep.analytic_first`); `answered`
 says it instead, and the evaluation is spent where it is worth more.
+
+Coefficients may differ from one band of modes to another (`Bands`, `banded`): the principal
+directions of the data, in groups. Where noise dominates, the network's answer is linear in every
+direction, with another slope in each, which numbers for all directions together cannot follow.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from .._basis import LowRank
 from .._denoiser import Model, told_integers
 from .._plan import Call, Plan, Row
 from .._process import Array, Level, Process
 
-__all__ = ["Program", "Space", "answered", "asking", "longer", "plan_of", "program_of"]
+__all__ = [
+    "Bands",
+    "Program",
+    "Space",
+    "answered",
+    "asking",
+    "banded",
+    "longer",
+    "plan_of",
+    "principal",
+    "program_of",
+]
 
 
 #: Steps in lambda of evaluations that are put before the first or after the last.
 _BEYOND = 0.5
+#: So many principal directions at most are told apart: what a hundred samples know.
+_DIRECTIONS = 64
+
+
+@dataclass(frozen=True, eq=False)
+class Bands:
+    """Bands of modes: the columns of a basis, in groups, and with the last band the rest of the
+    space. index (rank + 1,): the band of every column, and of the rest."""
+
+    basis: LowRank
+    index: NDArray[np.intp]
+
+    @property
+    def count(self) -> int:
+        """How many."""
+        return int(self.index[-1]) + 1
+
+    def spread(self, values: Array) -> Array:
+        """Values (..., count), one per band, as (..., modes)."""
+        assert self.basis.columns is not None
+        size, each = len(self.basis.columns), values[..., self.index]
+        rest = np.broadcast_to(each[..., -1:], (*each.shape[:-1], size))
+        return np.concatenate([each[..., :-1], rest], axis=-1)
+
+
+def principal(samples: Tensor, count: int) -> Bands | None:
+    """`count` bands of the principal directions of samples, ever wider; None where there are not
+    two."""
+    flat = samples.detach().double().cpu().flatten(1)
+    _, _, rows = torch.linalg.svd(flat - flat.mean(0), full_matrices=False)
+    known = min(*rows.shape, _DIRECTIONS)
+    index = np.floor(count * np.sqrt(np.arange(known) / known)).astype(np.intp)
+    index = np.unique(index, return_inverse=True)[1]
+    if index[-1] < 1:
+        return None
+    rank = int((index < index[-1]).sum())
+    shape = np.array(samples.shape[1:])
+    return Bands(LowRank(None, shape, rows[:rank].T.numpy()), index[: rank + 1])
 
 
 @dataclass(frozen=True, eq=False)
 class Program:
     """times (N,) of the process at which the network is told to be; a (N + 1,), b (N + 1, N) below
     the diagonal, c (N + 1,) as in the module's formula; mean: m, broadcasts against a sample, or
-    None with c = 0; end: the time of the result."""
+    None with c = 0; end: the time of the result. With bands, a, b and c have one more axis."""
 
     times: Array
     a: Array
@@ -48,6 +104,7 @@ class Program:
     c: Array
     mean: Array | None
     end: float
+    bands: Bands | None = None
 
     @property
     def nfe(self) -> int:
@@ -57,12 +114,12 @@ class Program:
     @property
     def gain(self) -> float:
         """sum_j |b_Nj|: what rounding of the data predictions is multiplied by, at worst."""
-        return float(np.abs(self.b[-1]).sum())
+        return float(np.abs(self.b[-1]).sum(0).max())
 
     @property
     def first_step(self) -> bool:
         """Whether z_0 is not x."""
-        return bool(self.a[0] != 1 or self.c[0] != 0)
+        return bool(np.any(self.a[0] != 1) or np.any(self.c[0] != 0))
 
     def levels(self, process: Process) -> list[Level]:
         """Of every evaluation."""
@@ -73,6 +130,21 @@ class Program:
         if self.mean is None or not self.c.any():
             return None
         return x.new_tensor(self.mean).broadcast_to(x.shape[1:])
+
+    def modes(self, v: Tensor) -> Tensor:
+        """What the coefficients of a batch act on: its modes, or itself."""
+        return v if self.bands is None else self.bands.basis.forward(v)
+
+    def image(self, v: Tensor) -> Tensor:
+        """The inverse of `modes`."""
+        return v if self.bands is None else self.bands.basis.inverse(v)
+
+    def coefficients(self, like: Tensor) -> tuple[Any, Any, Any]:
+        """a, b and c, to multiply batches of modes with: floats or tensors."""
+        if self.bands is None:
+            return self.a.tolist(), self.b.tolist(), self.c.tolist()
+        a, b, c = (like.new_tensor(self.bands.spread(t)) for t in (self.a, self.b, self.c))
+        return a, b, c
 
 
 def program_of(run: Plan) -> Program:
@@ -123,6 +195,12 @@ def asking(program: Program, mean: Array, time: float) -> Program:
     a = np.array([1.0, *program.a])
     times = np.array([time, *program.times])
     return Program(times, a, table, np.zeros(len(a)), None, program.end)
+
+
+def banded(program: Program, bands: Bands) -> Program:
+    """The same program, with a number for every band."""
+    a, b, c = (np.repeat(t[..., None], bands.count, -1) for t in (program.a, program.b, program.c))
+    return replace(program, a=a, b=b, c=c, bands=bands)
 
 
 def longer(program: Program, process: Process, nfe: int, rounds: bool = False) -> list[Program]:
@@ -179,12 +257,22 @@ def plan_of(program: Program, model: Model, about: Mapping[str, str] | None = No
         elsewhere = not shift and k == 0 and level != start
         calls.append(Call(p, q, c_in, c_noise, level if elsewhere else None))
     levels = [start, *asked[1 - shift :]]
+    bands, mean = program.bands, program.mean
+    a, b, c = program.a, program.b, program.c
+    if bands is not None:
+        a, b, c = (bands.spread(t) for t in (a, b, c))
+        if mean is not None:
+            shape = (1, *(bands.basis.sample or ()))
+            mean = program.modes(torch.tensor(np.broadcast_to(mean, shape)))[0].numpy()
+
+    def terms(of: Mapping[int, Array]) -> dict[int, Any]:
+        return {j: v if np.ndim(v) else float(v) for j, v in of.items() if np.any(v)}
+
     rows = []
     for k in range(1 - shift, n + 1):
-        a = {0: float(program.a[k])} if program.a[k] else {}
-        b = {j + shift: float(program.b[k, j]) for j in range(k) if program.b[k, j]}
-        c = 0.0 if program.mean is None or not program.c[k] else program.c[k] * program.mean
-        rows.append(Row(a, b, 0, exact=False, c=c))
+        constant = 0.0 if mean is None or not np.any(c[k]) else c[k] * mean
+        of = terms({0: a[k]}), terms({j + shift: b[k, j] for j in range(k)})
+        rows.append(Row(*of, 0, exact=False, c=constant))
     about = {
         "solver": "learned",
         "process": repr(process),
@@ -201,12 +289,14 @@ def plan_of(program: Program, model: Model, about: Mapping[str, str] | None = No
         told_integers(model.rounds, model.prediction),
         process.prior_std(process.t_start),
         about,
+        basis=None if bands is None else bands.basis,
     )
 
 
 @dataclass(frozen=True)
 class Space:
-    """Programs of N evaluations as vectors: lambda(t_k), then a_k, c_k, and b_kj row by row.
+    """Programs of N evaluations as vectors: lambda(t_k), then a_k, c_k, and b_kj row by row; with
+    bands, all bands of every number.
 
     rounds: times are integers of the process; a vector's lambda need not be, its program's are.
     """
@@ -214,12 +304,18 @@ class Space:
     process: Process
     n: int
     rounds: bool = False
+    bands: Bands | None = None
+
+    @property
+    def each(self) -> int:
+        """How many numbers a coefficient is."""
+        return 1 if self.bands is None else self.bands.count
 
     @property
     def size(self) -> int:
         """How many numbers."""
         n = self.n
-        return n + 2 * (n + 1) + n * (n + 1) // 2
+        return n + self.each * (2 * (n + 1) + n * (n + 1) // 2)
 
     @property
     def below(self) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
@@ -227,15 +323,17 @@ class Space:
         return np.tril_indices(self.n + 1, -1, self.n)
 
     def place(self, kind: str, k: int, j: int = 0) -> int:
-        """The index of a number: "t", "a", "c" of k, or "b" of (k, j)."""
+        """The index of a number: "t", "a", "c" of k, or "b" of (k, j); with bands, of the first."""
         n = self.n
-        start = {"t": 0, "a": n, "c": 2 * n + 1, "b": 3 * n + 2}[kind]
-        return start + (k * (k - 1) // 2 + j if kind == "b" else k)
+        if kind == "t":
+            return k
+        start = {"a": 0, "c": n + 1, "b": 2 * n + 2}[kind]
+        return n + self.each * (start + (k * (k - 1) // 2 + j if kind == "b" else k))
 
-    def parts(self, of: Array) -> tuple[Array, Array, Array, Array]:
-        """(lambda, a, c, b as a list) of a vector: views."""
-        n = self.n
-        return of[:n], of[n : 2 * n + 1], of[2 * n + 1 : 3 * n + 2], of[3 * n + 2 :]
+    def places(self, kind: str, k: int, j: int = 0) -> range:
+        """The indices of a coefficient: of all its bands."""
+        first = self.place(kind, k, j)
+        return range(first, first + self.each)
 
     def limits(self) -> tuple[float, float]:
         """Least and largest lambda that the network knows."""
@@ -244,11 +342,13 @@ class Space:
     def vector(self, program: Program) -> Array:
         """Of a program; lambda is -inf where alpha = 0."""
         lam = np.array([float(self.process.lam(t)) for t in program.times])
-        return np.concatenate([lam, program.a, program.c, program.b[self.below]])
+        rows = (program.a.ravel(), program.c.ravel(), program.b[self.below].ravel())
+        return np.concatenate([lam, *rows])
 
     def program(self, of: Array, like: Program) -> Program:
         """Of a vector, with the mean and the end of another, and its times where lambda agrees."""
-        lam, a, c, b = self.parts(of)
+        n, axes = self.n, () if self.bands is None else (self.each,)
+        lam, rows = of[:n], of[n:].reshape(-1, *axes)
         known = np.array([float(self.process.lam(t)) for t in like.times])
         same = lam == known
         times = np.where(same, like.times, 0.0)
@@ -257,6 +357,7 @@ class Space:
             if self.rounds:
                 low, high = sorted((self.process.t_start, self.process.t_end))
                 times[~same] = np.clip(np.round(times[~same]), low, high)
-        table = np.zeros((self.n + 1, self.n))
-        table[self.below] = b
-        return Program(times, a.copy(), table, c.copy(), like.mean, like.end)
+        table = np.zeros((n + 1, n, *axes))
+        table[self.below] = rows[2 * n + 2 :]
+        a, c = rows[: n + 1].copy(), rows[n + 1 : 2 * n + 2].copy()
+        return Program(times, a, table, c, like.mean, like.end, self.bands)

@@ -49,8 +49,8 @@ class Candidate:
     converged one from the same noise. median, rms (root mean square) and p90 are over the test
     noises, which no fit and no choice has seen; low, high: 95 % confidence interval of the median.
     held: median over the held-out noises, on which the choice was made.
-    kind: "solver", "compensated", "statistics", "search", "learned", "each" (learned, one plan for
-        every value of a condition).
+    kind: "solver", "compensated", "statistics", "search", "learned", "bands" (learned, by bands of
+        modes), "each" (learned, one plan for every value of a condition).
     evaluations, seconds: what finding it cost, in network evaluations of one sample.
     """
 
