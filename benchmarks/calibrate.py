@@ -55,9 +55,9 @@ NOISES = {
 FEWER = 256
 #: Of every class, over the number of evaluations, so that all of these cost about as much to fit.
 NOISES_PER_CLASS = 2000
-EVALUATIONS = {"mixture": 12_000_000, "exact digits": 6_000_000, "trained digits": 700_000}
+EVALUATIONS = {"mixture": 12_000_000, "exact digits": 20_000_000, "trained digits": 700_000}
 #: Of plans by bands, beside those of the learned plan that they start from.
-BANDS, BY_BANDS = 5, {"mixture": 4_000_000, "exact digits": 6_000_000, "trained digits": 700_000}
+BANDS, BY_BANDS = 5, {"mixture": 4_000_000, "exact digits": 12_000_000, "trained digits": 700_000}
 #: Exact models have exact derivatives only where they are not rounded to float32.
 DTYPES = {"mixture": torch.float64, "exact digits": torch.float64, "trained digits": torch.float32}
 MODELS = ("mixture", "exact digits", "trained digits")

@@ -249,8 +249,8 @@ def learn(
     probes: random products per iteration, for "reverse". step: relative size of perturbations, for
         "differences"; None: by the dtype that the network answers in.
     bands: coefficients differ between so many bands of principal directions of the samples. The
-        plan is then for samples of this shape. Starts may be learned plans: 5 bands of one that
-        is learned on a thousand noises take another tenth off its median error (docs/calibrate.md).
+        plan is then for samples of this shape. Start it from learned plans, with more noises than
+        those took: five bands have five times as many numbers.
     each: called after every iteration. resume: progress of an earlier call, to go on from.
     """
     for name, value, known in (("loss", loss, LOSSES), ("what", what, WHAT)):
