@@ -234,7 +234,8 @@ def learn(
         first evaluation answered by the mean of the data. Plans of fewer, such as a learned one,
         are given the others, in every place in turn.
     nfe: N; None: the fewest that starts and guards have.
-    guards: hand-made plans of N evaluations that are not fitted, but must not be better either.
+    guards: hand-made plans of N evaluations that are not fitted, but must not be better either;
+        with `bands`, only they.
     jacobian: "reverse" (autograd, one network graph at a time), "forward" (exact, Jacobian-vector
         products), "differences" (network calls only).
     what: "all", or a restriction; see the top of this module. "times" need starts as compiled by
@@ -329,7 +330,11 @@ class _Learner:
             self._begin(own, [run for run in starts if run.nfe != self.n], first_step)
         self.names = list(self.progress.start_errors)
         errors = self.progress.start_errors
-        self.best_hand = min(range(len(self.hand)), key=lambda i: score(errors[self.names[i]]))
+        # A learned start is no guard: by bands its median falls where its mean square may not.
+        first = len(own) if self.bands is not None and guards else 0
+        self.best_hand = min(
+            range(first, len(self.hand)), key=lambda i: score(errors[self.names[i]])
+        )
         self.reference = errors[self.names[self.best_hand]]
 
     def _begin(self, own: list[Plan], others: list[Plan], first_step: bool) -> None:
