@@ -38,7 +38,7 @@ import numpy as np
 import torch
 
 import fewstep as fs
-from fewstep._calibrate._calibrate import METHODS, candidate, found_in, screened
+from fewstep._calibrate._calibrate import _BANDS, METHODS, candidate, found_in, screened
 from fewstep._calibrate._learn import score
 from fewstep._calibrate._recipe import called
 from fewstep._calibrate._teacher import cycled, run_plan, shared_errors, taken
@@ -57,7 +57,7 @@ FEWER = 256
 NOISES_PER_CLASS = 2000
 EVALUATIONS = {"mixture": 12_000_000, "exact digits": 20_000_000, "trained digits": 700_000}
 #: Of plans by bands, beside those of the learned plan that they start from.
-BANDS, BY_BANDS = 5, {"mixture": 4_000_000, "exact digits": 12_000_000, "trained digits": 700_000}
+BY_BANDS = {"mixture": 4_000_000, "exact digits": 12_000_000, "trained digits": 700_000}
 #: Exact models have exact derivatives only where they are not rounded to float32.
 DTYPES = {"mixture": torch.float64, "exact digits": torch.float64, "trained digits": torch.float32}
 MODELS = ("mixture", "exact digits", "trained digits")
@@ -207,7 +207,7 @@ def by_bands(name: str, nfe: int, quick: bool) -> list[dict]:
         guards=starts(model, held, nfe),
         jacobian=HOW[name],
         first_step=False,
-        bands=BANDS,
+        bands=_BANDS,
         evaluations=most,
     )
     seconds = time.process_time() - began
@@ -498,6 +498,8 @@ def main() -> None:
     options = " --short" * chosen.short
     if chosen.models != list(MODELS):
         options += " --models " + " ".join(f'"{m}"' for m in chosen.models)
+    if nfes != list(NFES):
+        options += " --nfe " + " ".join(map(str, nfes))
     text = page(
         results, chosen.models, nfes, options, (chosen.picture or Path("calibrate.png")).name
     )

@@ -311,6 +311,12 @@ def test_bands_follow_every_direction(name: str, jacobian: str) -> None:
     assert wide.plan.nfe == 2
     assert np.median(wide.errors) < np.median(start.errors) / 2
     _no_worse(wide, [start.plan], held)
+    # A start that is better than all guards is what is left where nothing was fitted.
+    same = learn(
+        train, held, [start.plan], guards=_starts(model, 2), bands=4, jacobian=jacobian,
+        iterations=0, first_step=False,
+    )  # fmt: skip
+    assert score(same.errors) <= score(start.errors)
 
 
 @pytest.mark.parametrize("first_step", [False, True])

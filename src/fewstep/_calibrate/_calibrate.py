@@ -46,7 +46,7 @@ __all__ = ["METHODS", "calibrate", "candidate", "found_in", "screened"]
 METHODS = ("learned", "compensated", "statistics", "search")
 _IN_TURN = ("learned", "bands", *METHODS[1:])
 
-#: Of method "bands": more gain little, and need more noises.
+#: Of method "bands": what benchmarks/calibrate.py measures.
 _BANDS = 5
 
 #: How a budget is shared among them.

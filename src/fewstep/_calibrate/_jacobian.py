@@ -156,9 +156,9 @@ class Machine:
 
     def run(self, program: Program, x: Tensor, cond: Mapping[str, Any]) -> Walk:
         """The run of a program from noise x."""
-        levels, mean = program.levels(self.model.process), program.mean_like(x)
+        levels = program.levels(self.model.process)
         with torch.no_grad():
-            walk = Walk([], program.modes(x), None if mean is None else _one(program, mean), [])
+            walk = Walk([], program.modes(x), program.mean_like(x), [])
             a, b, c = program.coefficients(walk.x)
             for k in range(program.nfe + 1):
                 z = walk.x * a[k]
@@ -263,7 +263,7 @@ class Machine:
             for rows, u, v in zip(out, up, here, strict=True):
                 for kind, j, term in _terms_of(k, walk):
                     places = space.places(kind, k, j)
-                    if places[0] in wanted or places[-1] in wanted:
+                    if not wanted.isdisjoint(places):
                         found = (v * term).flatten(1)
                         found = found.sum(1)[:, None] if masks is None else found @ masks.T
                         for i, part in zip(places, found.double().cpu().numpy().T, strict=True):
@@ -422,11 +422,6 @@ class Machine:
         dt_in = torch.full_like(t_in, dc_noise)
         out, slope = self._dual(c_in * z, dc_in * z, t_in, dt_in, level, cond)
         return dp * z + dq * out.to(z.dtype) + q * slope.to(z.dtype)
-
-
-def _one(program: Program, v: Tensor) -> Tensor:
-    """The modes of one sample, without a batch axis."""
-    return program.modes(v[None])[0]
 
 
 def _terms_of(k: int, walk: Walk) -> list[tuple[str, int, Tensor]]:

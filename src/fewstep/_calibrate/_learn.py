@@ -330,12 +330,11 @@ class _Learner:
             self._begin(own, [run for run in starts if run.nfe != self.n], first_step)
         self.names = list(self.progress.start_errors)
         errors = self.progress.start_errors
+        ranked = sorted(range(len(self.hand)), key=lambda i: score(errors[self.names[i]]))
+        self.best_hand = ranked[0]
         # A learned start is no guard: by bands its median falls where its mean square may not.
         first = len(own) if self.bands is not None and guards else 0
-        self.best_hand = min(
-            range(first, len(self.hand)), key=lambda i: score(errors[self.names[i]])
-        )
-        self.reference = errors[self.names[self.best_hand]]
+        self.reference = errors[self.names[next(i for i in ranked if i >= first)]]
 
     def _begin(self, own: list[Plan], others: list[Plan], first_step: bool) -> None:
         """Errors of the hand-made plans, and the fits that start from them."""
@@ -728,8 +727,9 @@ class _Learner:
         progress = self.progress
         best = min(progress.fits, key=lambda fit: fit.best_score)
         hand = self.names[self.best_hand]
-        if best.best is None or best.best_score >= score(self.reference):
-            chosen, program, name, errors = self.hand[self.best_hand], None, hand, self.reference
+        if best.best is None or best.best_score >= score(progress.start_errors[hand]):
+            chosen, program, name = self.hand[self.best_hand], None, hand
+            errors = progress.start_errors[hand]
         else:
             program, name = best.best, best.name
             about = {"from": name, "fitted on": f"{len(self.train)} noises"}

@@ -17,7 +17,7 @@ says it instead, and the evaluation is spent where it is worth more.
 
 Coefficients may differ from one band of modes to another (`Bands`, `banded`): the principal
 directions of the data, in groups. Where noise dominates, the network's answer is linear in every
-direction, with another slope in each, which numbers for all directions together cannot follow.
+direction, with another slope in each, which numbers per band follow more closely.
 """
 
 from __future__ import annotations
@@ -71,10 +71,7 @@ class Bands:
 
     def spread(self, values: Array) -> Array:
         """Values (..., count), one per band, as (..., modes)."""
-        assert self.basis.columns is not None
-        size, each = len(self.basis.columns), values[..., self.index]
-        rest = np.broadcast_to(each[..., -1:], (*each.shape[:-1], size))
-        return np.concatenate([each[..., :-1], rest], axis=-1)
+        return np.apply_along_axis(self.basis.spread, -1, values[..., self.index])
 
 
 def principal(samples: Tensor, count: int) -> Bands | None:
@@ -129,7 +126,7 @@ class Program:
         """m next to a batch."""
         if self.mean is None or not self.c.any():
             return None
-        return x.new_tensor(self.mean).broadcast_to(x.shape[1:])
+        return self.modes(x.new_tensor(self.mean).broadcast_to(x.shape[1:])[None])[0]
 
     def modes(self, v: Tensor) -> Tensor:
         """What the coefficients of a batch act on: its modes, or itself."""
@@ -263,7 +260,8 @@ def plan_of(program: Program, model: Model, about: Mapping[str, str] | None = No
         a, b, c = (bands.spread(t) for t in (a, b, c))
         if mean is not None:
             shape = (1, *(bands.basis.sample or ()))
-            mean = program.modes(torch.tensor(np.broadcast_to(mean, shape)))[0].numpy()
+            m = program.mean_like(torch.zeros(shape, dtype=torch.float64))
+            mean = None if m is None else m.numpy()
 
     def terms(of: Mapping[int, Array]) -> dict[int, Any]:
         return {j: v if np.ndim(v) else float(v) for j, v in of.items() if np.any(v)}
