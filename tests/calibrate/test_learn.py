@@ -194,6 +194,22 @@ def test_held_out_noises_decide() -> None:
     assert learned.plan in starts
 
 
+def test_choice_by_the_median() -> None:
+    far, even = np.array([1.0, 1.0, 1.0, 90.0]), np.array([2.0, 2.0, 2.0, 2.0])
+    assert score(far, "median") < score(even, "median")
+    assert score(far) > score(even)
+    model = MIXTURE.denoiser(fs.VP(), "v")
+    train, held, _ = _teachers(model)
+    starts = _starts(model)
+    learned = learn(train, held, starts, iterations=6, choice="median", first_step=False)
+    assert learned.program is not None
+    tried = [value for fit in learned.progress.fits for _, value in fit.history]
+    assert learned.progress.best == pytest.approx(math.log(np.median(learned.errors)), rel=1e-4)
+    assert learned.progress.best == pytest.approx(min(tried))
+    best = min((held.errors(run) for run in starts), key=np.median)
+    assert _rms(learned.errors) <= _rms(best)
+
+
 def test_cap_limits_what_rounding_is_multiplied_by() -> None:
     model = MIXTURE.denoiser(fs.VP(), "v")
     train, held, _ = _teachers(model)
@@ -436,6 +452,7 @@ def test_refusals() -> None:
     starts = _starts(model)
     for kwargs, text in (
         ({"loss": "log2"}, "loss = 'log2'"),
+        ({"choice": "rms"}, "choice = 'rms'"),
         ({"what": "time"}, "did you mean 'times'"),
         ({"jacobian": "backward"}, "jacobian = 'backward'"),
         ({"probes": 0}, "probes = 0"),

@@ -17,7 +17,8 @@ median for the root mean square. Reverse-mode matrices are random estimates, ave
 iterations.
 
 What is returned is the best, on noises that were not fitted, of all iterates and all hand-made
-plans: it is no worse there than the best hand-made one in median, and in root mean square.
+plans: it is no worse there than the best hand-made one in median, and in root mean square. Best is
+the least product of the two, or the least median.
 
 Restrictions of the same program, for less to learn or to compare: "coefficients" on a fixed grid
 (S4S, arXiv 2502.17423), "labels", what the network is told, with all else fixed; "times" of a
@@ -47,9 +48,10 @@ from ._jacobian import Machine, Walk
 from ._program import Program, Space, answered, banded, longer, plan_of, principal, program_of
 from ._teacher import Counted, Teacher
 
-__all__ = ["LOSSES", "WHAT", "Fit", "Learned", "Progress", "data_mean", "learn", "score"]
+__all__ = ["CHOICES", "LOSSES", "WHAT", "Fit", "Learned", "Progress", "data_mean", "learn", "score"]
 
 LOSSES = ("log", "median", "root", "l1", "l2")
+CHOICES = ("both", "median")
 WHAT = ("all", "coefficients", "labels", "times", "times and labels")
 
 #: Damping: at the start, factors after success and failure, floor, tries per iteration.
@@ -72,13 +74,14 @@ _SHAKES, _USELESS, _SHAKE, _SOFTEST = 20, 4, 1.0, 1e-4
 _POLISH, _RESERVE = 12, 0.8
 
 
-def score(errors: Array) -> float:
-    """What plans are chosen by: log of the median plus log of the root mean square."""
+def score(errors: Array, choice: str = "both") -> float:
+    """What plans are chosen by: log of the median, plus that of the root mean square for "both"."""
     errors = np.asarray(errors)
     if not np.isfinite(errors).all():
         return math.inf
     tiny = np.finfo(np.float64).tiny
-    return math.log(np.median(errors) + tiny) + 0.5 * math.log(np.mean(errors**2) + tiny)
+    median = math.log(np.median(errors) + tiny)
+    return median if choice == "median" else median + 0.5 * math.log(np.mean(errors**2) + tiny)
 
 
 def _value(s: Array, kind: str) -> tuple[float, Array]:
@@ -173,7 +176,7 @@ class Progress:
 
     @property
     def best(self) -> float:
-        """The best held-out score of all fits so far (log median + log root mean square)."""
+        """The best held-out score of all fits so far: log median, + log root mean square."""
         return min((fit.best_score for fit in self.fits), default=math.inf)
 
 
@@ -216,6 +219,7 @@ def learn(
     what: str = "all",
     first_step: bool = True,
     loss: str = "log",
+    choice: str = "both",
     iterations: int = 80,
     budget: float | None = None,
     evaluations: int | None = None,
@@ -243,6 +247,8 @@ def learn(
     first_step: starts of N evaluations are also tried with one more, answered by the mean.
     loss: "log", "root", "l1" or "l2"; the best is fitted a little more with "root" ("log" after
         others).
+    choice: what is best on held-out noises: "both", the least product of median and root mean
+        square, or "median".
     iterations: at most so many per fit. budget: seconds; evaluations: of the network, on single
         samples; both for all fits together, and looked at between iterations.
     cap: largest sum_j |b_Nj|, which is what rounding of the network's answers is multiplied by, in
@@ -254,7 +260,8 @@ def learn(
         those took: five bands have five times as many numbers.
     each: called after every iteration. resume: progress of an earlier call, to go on from.
     """
-    for name, value, known in (("loss", loss, LOSSES), ("what", what, WHAT)):
+    given = (("loss", loss, LOSSES), ("choice", choice, CHOICES), ("what", what, WHAT))
+    for name, value, known in given:
         if value not in known:
             raise ValueError(unknown(name, value, known))
     if not starts:
@@ -264,8 +271,8 @@ def learn(
     if len(held) < 2:
         raise ValueError(f"held has {len(held)} samples; need at least 2")
     return _Learner(
-        train, held, list(starts), nfe, list(guards), jacobian, what, first_step, loss, iterations,
-        budget, evaluations, cap, probes, step, bands, seed, each, resume,
+        train, held, list(starts), nfe, list(guards), jacobian, what, first_step, loss, choice,
+        iterations, budget, evaluations, cap, probes, step, bands, seed, each, resume,
     ).result()  # fmt: skip
 
 
@@ -283,6 +290,7 @@ class _Learner:
         what: str,
         first_step: bool,
         loss: str,
+        choice: str,
         iterations: int,
         budget: float | None,
         evaluations: int | None,
@@ -300,7 +308,8 @@ class _Learner:
         self.machine = Machine(self.counted, jacobian, probes, step)
         self.model: Model = train.model
         self.process = self.model.process
-        self.what, self.loss, self.most, self.seed, self.each = what, loss, iterations, seed, each
+        self.what, self.loss, self.choice, self.most = what, loss, choice, iterations
+        self.seed, self.each = seed, each
         self.budget, self.allowed = budget, evaluations
         self.begun = clock.perf_counter()
         self.progress = resume or Progress()
@@ -330,7 +339,7 @@ class _Learner:
             self._begin(own, [run for run in starts if run.nfe != self.n], first_step)
         self.names = list(self.progress.start_errors)
         errors = self.progress.start_errors
-        ranked = sorted(range(len(self.hand)), key=lambda i: score(errors[self.names[i]]))
+        ranked = sorted(range(len(self.hand)), key=lambda i: self._score(errors[self.names[i]]))
         self.best_hand = ranked[0]
         # A learned start is no guard: by bands its median falls where its mean square may not.
         first = len(own) if self.bands is not None and guards else 0
@@ -511,10 +520,13 @@ class _Learner:
         """Keep a program that is the best of its fit on held-out noises."""
         off = self._off(self._walk(program, self.held), self.held)
         errors = self.held.distances(self.held.samples + off)
-        value = score(errors)
+        value = self._score(errors)
         fit.history[-1] = (fit.history[-1][0], value)
         if value < fit.best_score and self._eligible(errors) and program.gain <= self.cap:
             fit.best, fit.best_score = program, value
+
+    def _score(self, errors: Array) -> float:
+        return score(errors, self.choice)
 
     def _eligible(self, errors: Array) -> bool:
         """No worse than the best hand-made plan in median, and in root mean square."""
@@ -625,9 +637,10 @@ class _Learner:
         )
 
     def result(self) -> Learned:
-        few = self.train[: max(_PILOT, len(self.train) // 4)]
         fits = [fit for fit in self.progress.fits if fit.kind == "start"]
         put = [fit for fit in self.progress.fits if fit.kind == "longer"]
+        pilot = max(_PILOT, len(self.train) // 4) if len(fits) + len(put) > 1 else None
+        few = self.train[:pilot]
         for fit in put:  # one step tells which place is worth it
             self._iterate(fit, min(1, self.most), few)
         put.sort(key=lambda fit: min([math.inf, *(value for value, _ in fit.history[:2])]))
@@ -727,7 +740,7 @@ class _Learner:
         progress = self.progress
         best = min(progress.fits, key=lambda fit: fit.best_score)
         hand = self.names[self.best_hand]
-        if best.best is None or best.best_score >= score(progress.start_errors[hand]):
+        if best.best is None or best.best_score >= self._score(progress.start_errors[hand]):
             chosen, program, name = self.hand[self.best_hand], None, hand
             errors = progress.start_errors[hand]
         else:
