@@ -13,7 +13,8 @@ optimiser from the same starts: times only (LD3, arXiv 2405.15506, with its deco
 times), coefficients only (S4S, arXiv 2502.17423), one ratio per step (DC-Solver, arXiv 2409.03755).
 "One plan per class" is what `fewstep.calibrate(each="label")` makes of the learned plan; "by bands
 of modes" is the learned plan with coefficients of their own for five bands of the principal
-directions of the samples (method "bands").
+directions of the samples (method "bands"). What is learned for the exact digits is chosen by the
+median; all else by median times root mean square.
 
 Plans are learned with as many network evaluations of single samples as EVALUATIONS says, each also
 from the one before with fewer evaluations, as `fewstep.calibrate` does; seconds are of one core.
@@ -65,9 +66,9 @@ FINER = {
     "exact digits": (2048, torch.float64),
     "trained digits": (512, torch.float32),
 }
-#: What plans are chosen by. Samples of exact models that end at another mode under any small error
-#: make all of the root mean square: among 512 they are too few to choose by.
-CHOICE = {"mixture": "median", "exact digits": "median", "trained digits": "both"}
+#: What plans are chosen by. Of the exact digits a few samples become another digit under any small
+#: error: which of 512 do changes the root mean square more than plans do.
+CHOICE = {"mixture": "both", "exact digits": "median", "trained digits": "both"}
 MODELS = ("mixture", "exact digits", "trained digits")
 OTHERS = tuple(m for m in METHODS if m != "learned")
 KINDS = {
