@@ -56,9 +56,9 @@ NOISES = {
 FEWER = 256
 #: Of every class, over the number of evaluations, so that all of these cost about as much to fit.
 NOISES_PER_CLASS = 2000
-EVALUATIONS = {"mixture": 12_000_000, "exact digits": 18_000_000, "trained digits": 700_000}
+EVALUATIONS = {"mixture": 12_000_000, "exact digits": 18_000_000, "trained digits": 500_000}
 #: Of plans by bands, beside those of the learned plan that they start from.
-BY_BANDS = {"mixture": 4_000_000, "exact digits": 10_000_000, "trained digits": 700_000}
+BY_BANDS = {"mixture": 4_000_000, "exact digits": 10_000_000, "trained digits": 500_000}
 #: And these have more numbers: more noises to fit, and where the model can answer in it, a dtype
 #: that does not round its derivatives.
 FINER = {
@@ -384,6 +384,15 @@ def page(
             if kind != "solver":
                 lines.append(["", *factors])
         out.append(table(head, lines))
+        above = [
+            f"{KINDS[kind]} at NFE {n}"
+            for kind in kinds
+            if kind in ("learned", "bands", "each")
+            for n in nfes
+            if best_of(results, name, n, kind)["rms"] > best_of(results, name, n, "solver")["rms"]
+        ]
+        if above:
+            out += ["", f"Root mean square above that of solvers as they are: {'; '.join(above)}."]
         said = "What the best solver was, and what fitting cost"
         if "each" in kinds:
             said += " (plans per class: with converged samples and everything else)"
